@@ -1,0 +1,53 @@
+"""Qwen2DSAConfig: a Qwen2 config with a lightning indexer and a selector."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import Qwen2Config
+
+ATTENTION_MODES = ("dense", "sparse")
+SELECTORS = ("indexer", "oracle", "window", "sink_window", "random")
+
+
+@strict
+class Qwen2DSAConfig(Qwen2Config):
+    r"""
+    Names follow transformers' `DeepseekV32Config`. A config that cannot work raises ValueError.
+
+    index_topk (`int`): keys that each query attends to in sparse mode.
+    index_n_heads (`int`): heads of the lightning indexer; 0 leaves the indexer out (dense baseline, control arms).
+    index_head_dim (`int`): size of an indexer head.
+    index_rope_dim (`int`, *optional*): leading dims of each index query and key that RoPE turns, half of the head by default.
+    attention_mode (`str`): "dense" attends to every earlier token, "sparse" to the selected ones.
+    selector (`str`): what scores the keys in sparse mode. "indexer" is DSA; the others are controls on the same code
+        path: "oracle" (the attention itself, averaged over the heads), "window" (the latest keys), "sink_window" (the
+        first `index_sinks` keys and the latest), "random".
+    index_sinks (`int`): first keys that "sink_window" always keeps.
+    """
+
+    model_type = "qwen2_dsa"
+
+    index_topk: int = 2048
+    index_n_heads: int = 4
+    index_head_dim: int = 64
+    index_rope_dim: int | None = None
+    attention_mode: str = "sparse"
+    selector: str = "indexer"
+    index_sinks: int = 4
+
+    def __post_init__(self, **kwargs):
+        # The cache then holds index keys beside keys and values, and follows beams, crops and resets.
+        self.layer_types = ["indexed_attention"] * self.num_hidden_layers
+        if self.index_rope_dim is None:
+            self.index_rope_dim = self.index_head_dim // 2
+        super().__post_init__(**kwargs)
+        if self.use_sliding_window:
+            raise ValueError("use_sliding_window: DSA replaces sliding windows")
+        if self.attention_mode not in ATTENTION_MODES:
+            raise ValueError(f"attention_mode: {self.attention_mode!r} is not one of {ATTENTION_MODES}")
+        if self.selector not in SELECTORS:
+            raise ValueError(f"selector: {self.selector!r} is not one of {SELECTORS}")
+        if self.index_topk < 1:
+            raise ValueError(f"index_topk: {self.index_topk} is less than 1")
+        if self.index_rope_dim % 2 or not 0 <= self.index_rope_dim <= self.index_head_dim:
+            raise ValueError(f"index_rope_dim: {self.index_rope_dim} is odd or larger than {self.index_head_dim=}")
+        if self.index_n_heads < 1 and self.attention_mode == "sparse" and self.selector == "indexer":
+            raise ValueError("index_n_heads: sparse attention by the indexer needs at least one head")

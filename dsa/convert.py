@@ -1,0 +1,60 @@
+"""From a dense Qwen2 checkpoint to a DSA model."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from dsa.config import Qwen2DSAConfig
+from dsa.modeling import Qwen2DSAForCausalLM
+
+
+def from_dense(
+    model_or_path: PreTrainedModel | str | Path,
+    *,
+    topk: int,
+    n_heads: int,
+    head_dim: int,
+    seed: int = 0,
+    dtype: torch.dtype | str = "auto",
+    **config,
+) -> Qwen2DSAForCausalLM:
+    """Add lightning indexers to a dense Qwen2 model.
+
+    Args:
+        model_or_path: a `Qwen2ForCausalLM`, or what its `from_pretrained` takes.
+        topk, n_heads, head_dim: `index_topk`, `index_n_heads`, `index_head_dim` of the new config.
+        seed: of the new indexers' weights; the global generator is left as it was.
+        dtype: of a model that is loaded here; the checkpoint's own by default.
+        config: further fields of `Qwen2DSAConfig`, such as attention_mode.
+
+    Returns:
+        A model whose base weights are those of the dense one bit for bit (copies), tied where they were tied.
+
+    Raises:
+        ValueError: the model is no Qwen2, or its weights do not fit.
+    """
+    dense = model_or_path
+    if not isinstance(dense, PreTrainedModel):
+        dense = AutoModelForCausalLM.from_pretrained(dense, dtype=dtype)
+    if dense.config.model_type != "qwen2":
+        raise ValueError(f"from_dense: expected a qwen2 model, got {dense.config.model_type!r}")
+    fields = dense.config.to_dict()
+    for name in ("model_type", "architectures", "layer_types", "transformers_version"):
+        fields.pop(name, None)
+    fields |= {"index_topk": topk, "index_n_heads": n_heads, "index_head_dim": head_dim} | config
+    new_config = Qwen2DSAConfig(**fields)
+    new_config._attn_implementation = dense.config._attn_implementation
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2DSAForCausalLM(new_config)
+    model.to(device=dense.device, dtype=dense.dtype)
+    for layer in model.model.layers:
+        if layer.self_attn.indexer is not None:
+            layer.self_attn.indexer.weights_proj.float()
+    missing, unexpected = model.load_state_dict(dense.state_dict(), strict=False)
+    missing = [name for name in missing if ".indexer." not in name]
+    if missing or unexpected:
+        raise ValueError(f"from_dense: weights do not fit: missing {missing}, unexpected {unexpected}")
+    model.generation_config = dense.generation_config
+    return model.train(dense.training)

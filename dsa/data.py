@@ -1,0 +1,119 @@
+"""From rows to token ids: chat format, answer masks, splits, batches.
+
+A row has deepctrl-sft-data's fields: `instruction` and `input` are the last user turn, `output` its answer, `history`
+the earlier [user, assistant] pairs, oldest first.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+IGNORE = -100  # label of a token that is no target
+
+
+class BadRow(ValueError):
+    """A row that cannot be used; the message is the reason, short enough to be counted by."""
+
+
+def split_of(key: str, test_fraction: float) -> str:
+    """ "train" or "test", by a hash of `key`, so that everything with one key is on one side, whatever the seed."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return "test" if int.from_bytes(digest, "big") / 2**64 < test_fraction else "train"
+
+
+def prompt_of(row: dict) -> str:
+    """The last user turn: the instruction, then the input where there is one."""
+    return "\n".join(part for part in (row.get("instruction") or "", row.get("input") or "") if part.strip())
+
+
+def messages_of(row: dict) -> list[dict]:
+    """The conversation of a row as chat messages. Raises BadRow for a row of another shape or without an answer."""
+    if not isinstance(row, dict):
+        raise BadRow("not an object")
+    for field in ("instruction", "input", "output"):
+        if not isinstance(row.get(field) or "", str):
+            raise BadRow(f"{field} is not a string")
+    if "output" not in row or not ({"instruction", "input"} & row.keys()):
+        raise BadRow("unknown schema")
+    history = row.get("history") or []
+    pair = "history is not a list of [user, assistant] pairs"
+    if not isinstance(history, list):
+        raise BadRow(pair)
+    turns = []
+    for turn in history:
+        if not (isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(t, str) for t in turn)):
+            raise BadRow(pair)
+        turns.append(tuple(turn))
+    turns.append((prompt_of(row), row["output"] or ""))
+    if not turns[-1][0]:
+        raise BadRow("no prompt")
+    if not turns[-1][1].strip():
+        raise BadRow("no answer")
+    return [m for user, answer in turns for m in ({"role": "user", "content": user}, {"role": "assistant", "content": answer})]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A rendered conversation: its text and the [start, end) characters of each answer, end-of-turn token included."""
+
+    text: str
+    answers: list[tuple[int, int]]
+
+
+def render(tokenizer, messages: list[dict]) -> Conversation:
+    """Apply the tokenizer's own chat template and find the answers in the result."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    answers = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        head = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
+        upto = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False).rstrip("\n")
+        if not (text.startswith(head) and text.startswith(upto)):
+            raise ValueError("the chat template rewrites earlier turns: answers cannot be told from prompts")
+        answers.append((len(head), len(upto)))
+    return Conversation(text, answers)
+
+
+def encode(tokenizer, conversations: Iterable[Conversation], max_length: int | None = None) -> list[dict]:
+    """Token ids and labels: the id where a token belongs to an answer (its end-of-turn token too), else IGNORE.
+
+    Longer conversations are cut on the right, so that the prompt stays; a row may be left without a label.
+    Returns one {"input_ids", "labels"} of equal-length lists a conversation.
+    """
+    conversations = list(conversations)
+    encoded = tokenizer(
+        [c.text for c in conversations], add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False
+    )
+    examples = []
+    for conversation, ids, offsets in zip(conversations, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        labels, spans = [IGNORE] * len(ids), iter(conversation.answers)
+        start, end = next(spans)
+        for i, (left, _) in enumerate(offsets):
+            while left >= end:
+                start, end = next(spans, (len(conversation.text), len(conversation.text) + 1))
+            if left >= start:
+                labels[i] = ids[i]
+        examples.append({"input_ids": ids[:max_length], "labels": labels[:max_length]})
+    return examples
+
+
+class Collator:
+    """Right-pads examples to the longest of the batch; the attention mask, not the pad id, tells what is padding."""
+
+    def __init__(self, pad_token_id: int):
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+        length = max(len(e["input_ids"]) for e in examples)
+
+        def stack(values: list[list[int]], fill: int) -> torch.Tensor:
+            return torch.tensor([list(v) + [fill] * (length - len(v)) for v in values])
+
+        return {
+            "input_ids": stack([e["input_ids"] for e in examples], self.pad_token_id),
+            "attention_mask": stack([[1] * len(e["input_ids"]) for e in examples], 0),
+            "labels": stack([e["labels"] for e in examples], IGNORE),
+        }

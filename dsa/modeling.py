@@ -1,0 +1,244 @@
+"""Qwen2 with DeepSeek Sparse Attention: transformers' classes, and the few lines that differ.
+
+In dense mode the model computes what `Qwen2ForCausalLM` computes with the same weights. In sparse mode every layer
+scores the keys, selects `index_topk` of them for each query and attends to those only. The two losses never meet: the
+indexer reads detached hidden states, and the selected indices carry no gradient.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2.modeling_qwen2 import (
+    Qwen2Attention,
+    Qwen2DecoderLayer,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    Qwen2PreTrainedModel,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+
+from dsa.attention import sparse_attention
+from dsa.config import Qwen2DSAConfig
+from dsa.indexer import LightningIndexer, index_scores
+from dsa.losses import attention_target, indexer_kl
+from dsa.masks import Visibility
+from dsa.selector import control_scores, select_topk
+
+Index = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # index queries, keys and weights
+
+
+class AttentionObserver(Protocol):
+    """Sees what a layer's attention worked with; passed to the model's forward as `observer`."""
+
+    def observe(
+        self, layer: "Qwen2DSAAttention", index: Index | None, q, k, visible: Visibility, indices: torch.Tensor | None
+    ) -> None:
+        """q [B, Hq, T, D] and k [B, Hkv, S, D] after RoPE; `indices` [B, T, K] is None in dense mode."""
+
+
+class IndexerLoss:
+    """Collects each layer's `indexer_kl`: over all visible keys in dense mode, over the selected ones in sparse mode."""
+
+    def __init__(self):
+        self.kl: list[torch.Tensor] = []
+
+    def observe(self, layer, index, q, k, visible, indices) -> None:
+        if index is None:
+            raise ValueError("the indexer loss needs an indexer: index_n_heads is 0, or the selector is a control")
+        self.kl.append(indexer_kl(*index, q, k, layer.scaling, visible, indices))
+
+
+class Qwen2DSAAttention(Qwen2Attention):
+    """Grouped-query attention over all earlier tokens (dense mode) or over the selected ones (sparse mode)."""
+
+    def __init__(self, config: Qwen2DSAConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.indexer = LightningIndexer(config, layer_idx) if config.index_n_heads else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: Visibility,
+        past_key_values: Cache | None = None,
+        position_ids: torch.Tensor | None = None,
+        observer: AttentionObserver | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        visible = attention_mask
+        sparse = self.config.attention_mode == "sparse"
+        B, T, _ = hidden_states.shape
+        q = self.q_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
+        k = self.k_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
+        v = self.v_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+
+        index = indices = None
+        if self.indexer is not None and self.config.selector == "indexer" and (sparse or observer):
+            index = self.indexer(hidden_states, position_ids, past_key_values)
+        if sparse:
+            q, k = q.to(v.dtype), k.to(v.dtype)  # RoPE leaves float32 under autocast
+            indices = self.select(index, q, k, visible)
+            out = sparse_attention(q, k, v, indices, self.scaling).transpose(1, 2)
+            weights = None
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+            dropout = self.attention_dropout if self.training else 0.0
+            out, weights = attend(self, q, k, v, visible.dense_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        if observer is not None:
+            observer.observe(self, index, q, k, visible, indices)
+        return self.o_proj(out.reshape(B, T, -1).contiguous()), weights
+
+    @torch.no_grad()
+    def select(self, index: Index | None, q: torch.Tensor, k: torch.Tensor, visible: Visibility) -> torch.Tensor:
+        """The keys of each query: int32 [B, T, min(topk, S)], a slab of queries at a time."""
+        B, Hq, T, _ = q.shape
+        topk, selector = self.config.index_topk, self.config.selector
+        chosen = []
+        for slab in visible.slabs(B, max(Hq, self.config.index_n_heads)):
+            mask = visible.mask(slab, q.device)
+            if selector == "indexer":
+                index_q, index_k, weights = index
+                scores = index_scores(index_q[:, slab.queries], index_k[:, : slab.keys], weights[:, slab.queries])
+            elif selector == "oracle":
+                scores = attention_target(q[:, :, slab.queries], k[:, :, : slab.keys], mask, self.scaling)
+            else:
+                positions = torch.arange(slab.start, slab.stop, device=q.device) + visible.offset
+                first = self.config.index_sinks
+                scores = control_scores(selector, positions, slab.keys, first, self.layer_idx).expand(B, -1, -1)
+            chosen.append(select_topk(scores, topk, mask))
+        width = min(topk, k.shape[2])
+        chosen = [torch.nn.functional.pad(c, (0, width - c.shape[-1]), value=-1) for c in chosen]
+        return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=1)
+
+
+class Qwen2DSADecoderLayer(Qwen2DecoderLayer):
+    def __init__(self, config: Qwen2DSAConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.self_attn = Qwen2DSAAttention(config, layer_idx)
+
+
+class Qwen2DSAPreTrainedModel(Qwen2PreTrainedModel):
+    config: Qwen2DSAConfig
+    _no_split_modules = ["Qwen2DSADecoderLayer"]
+    _can_record_outputs = {"hidden_states": Qwen2DSADecoderLayer, "attentions": Qwen2DSAAttention}
+    _keep_in_fp32_modules = ["indexer.weights_proj"]
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _supports_attention_backend = False
+    _can_compile_fullgraph = False
+
+
+class Qwen2DSAModel(Qwen2DSAPreTrainedModel, Qwen2Model):
+    def __init__(self, config: Qwen2DSAConfig):
+        super().__init__(config)
+        self.layers = torch.nn.ModuleList(Qwen2DSADecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """As `Qwen2Model.forward`. `attention_mask` is [B, S] (1 token, 0 padding), or a whole [B, 1, T, S] mask;
+        `position_ids` that restart within a row, with neither mask nor cache, mark packed documents."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training:
+            use_cache = False
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        packed = position_ids if past_key_values is None and attention_mask is None else None
+        if position_ids is None:
+            past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+            position_ids = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+        visible = self.visibility(inputs_embeds, attention_mask, position_ids, past_key_values, packed)
+        return super().forward(
+            attention_mask={"indexed_attention": visible},
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def visibility(self, inputs_embeds, attention_mask, position_ids, past_key_values, packed) -> Visibility:
+        if isinstance(attention_mask, dict):  # prepared by `generate` for a static cache
+            attention_mask = attention_mask["indexed_attention"]
+        length, offset = inputs_embeds.shape[1], 0
+        keys = length
+        if past_key_values is not None:
+            offset = int(past_key_values.get_seq_length())
+            keys, _ = past_key_values.get_mask_sizes(length, 0)
+        if attention_mask is not None and attention_mask.dim() == 4:
+            explicit = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
+            return Visibility(length, explicit.shape[-1], offset, explicit=explicit, dense_mask=attention_mask)
+        key_mask = documents = dense_mask = None
+        if attention_mask is not None and not attention_mask.all():
+            key_mask = attention_mask.bool()
+            key_mask = torch.nn.functional.pad(key_mask, (0, max(0, keys - key_mask.shape[1])))[:, :keys]
+        if packed is not None:
+            starts = torch.nn.functional.pad(packed.diff(dim=-1) != 1, (1, 0))
+            if starts.any():
+                documents = starts.cumsum(-1)
+        if self.config.attention_mode == "dense":
+            dense_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+        return Visibility(length, keys, offset, key_mask, documents, dense_mask=dense_mask)
+
+
+@dataclass
+class DSACausalLMOutput(CausalLMOutputWithPast):
+    """With `indexer_kl` [layers], each the mean over valid query positions, where the forward was asked for it."""
+
+    indexer_kl: torch.FloatTensor | None = None
+
+
+class Qwen2DSAForCausalLM(Qwen2DSAPreTrainedModel, Qwen2ForCausalLM):
+    def __init__(self, config: Qwen2DSAConfig):
+        super().__init__(config)
+        self.model = Qwen2DSAModel(config)
+        self.post_init()
+
+    def forward(self, *args, output_indexer_kl: bool = False, **kwargs) -> DSACausalLMOutput:
+        """As `Qwen2ForCausalLM.forward`.
+
+        output_indexer_kl: also compute the indexer's loss, `indexer_kl` in the output. Its gradient reaches the
+            indexer only, that of `loss` everything else.
+        """
+        if not output_indexer_kl:
+            return super().forward(*args, **kwargs)
+        indexer_loss = IndexerLoss()
+        outputs = super().forward(*args, observer=indexer_loss, **kwargs)
+        return DSACausalLMOutput(**outputs, indexer_kl=torch.stack(indexer_loss.kl))
+
+    def indexer_parameters(self) -> list[torch.nn.Parameter]:
+        return [p for name, p in self.named_parameters() if ".indexer." in name]
+
+    def backbone_parameters(self) -> list[torch.nn.Parameter]:
+        return [p for name, p in self.named_parameters() if ".indexer." not in name]
+
+
+def is_dsa(model: PreTrainedModel) -> bool:
+    return isinstance(model, Qwen2DSAForCausalLM)
