@@ -131,7 +131,9 @@ class GatherAttention(torch.autograd.Function):
         q, k, v, indices = ctx.saved_tensors
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for b, queries, keys, mask, some in GatherAttention.slabs(q, k, indices):
-            args = [x.detach().requires_grad_() for x in (q[b, None, :, queries], k[b, None, :, keys], v[b, None, :, keys])]
+            args = [
+                x.detach().requires_grad_() for x in (q[b, None, :, queries], k[b, None, :, keys], v[b, None, :, keys])
+            ]
             with torch.enable_grad():
                 out = _slab_attention(*args, mask, some, ctx.scaling)
             gq, gk, gv = torch.autograd.grad(out, args, grad_out[b, None, :, queries])

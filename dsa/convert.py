@@ -48,10 +48,12 @@ def from_dense(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2DSAForCausalLM(new_config)
-    model.to(device=dense.device, dtype=dense.dtype)
-    for layer in model.model.layers:
-        if layer.self_attn.indexer is not None:
-            layer.self_attn.indexer.weights_proj.float()
+    model.to(dense.device)
+    for name, parameter in model.named_parameters():
+        if "indexer.weights_proj" not in name:  # stays in float32, see modeling
+            parameter.data = parameter.data.to(dense.dtype)
+    for name, buffer in dense.named_buffers():  # RoPE frequencies, which no state dict holds
+        model.get_buffer(name).data = buffer.detach().clone()
     missing, unexpected = model.load_state_dict(dense.state_dict(), strict=False)
     missing = [name for name in missing if ".indexer." not in name]
     if missing or unexpected:

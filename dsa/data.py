@@ -51,7 +51,11 @@ def messages_of(row: dict) -> list[dict]:
         raise BadRow("no prompt")
     if not turns[-1][1].strip():
         raise BadRow("no answer")
-    return [m for user, answer in turns for m in ({"role": "user", "content": user}, {"role": "assistant", "content": answer})]
+    return [
+        m
+        for user, answer in turns
+        for m in ({"role": "user", "content": user}, {"role": "assistant", "content": answer})
+    ]
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,13 @@ def encode(tokenizer, conversations: Iterable[Conversation], max_length: int | N
     Returns one {"input_ids", "labels"} of equal-length lists a conversation.
     """
     conversations = list(conversations)
+    if not conversations:
+        return []
     encoded = tokenizer(
-        [c.text for c in conversations], add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False
+        [c.text for c in conversations],
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
     )
     examples = []
     for conversation, ids, offsets in zip(conversations, encoded["input_ids"], encoded["offset_mapping"], strict=True):

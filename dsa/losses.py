@@ -12,23 +12,31 @@ from dsa.masks import Slab, Visibility, membership
 MASKED = -1e30  # finite: a row without any key stays free of NaN, in the loss and in its gradient
 
 
-def attention_target(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Head-mean of softmax(q . k * scaling) over the keys of `mask`.
-
-    Args:
-        q: [B, Hq, T, D]; k: [B, Hkv, S, D]; mask: bool [B or 1, T, S].
-
-    Returns:
-        [B, T, S] in float32 or better; a row sums to one, or to zero where the mask has no key.
-    """
+def attention_logits(q: torch.Tensor, k: torch.Tensor, scaling: float) -> torch.Tensor:
+    """q [B, Hq, T, D] . k [B, Hkv, S, D] * scaling: [B, Hq, T, S] in float32 or better."""
     B, Hq, T, D = q.shape
     Hkv, S = k.shape[1:3]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    grouped = (q.to(wide) * scaling).reshape(B, Hkv, Hq // Hkv * T, D)
+    return (grouped @ k.to(wide).transpose(2, 3)).view(B, Hq, T, S)
+
+
+def mean_softmax(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Head-mean of the softmax over the entries of `mask`; overwrites logits.
+
+    Args:
+        logits: [B, Hq, T, S]; mask: bool [B or 1, T, S].
+
+    Returns:
+        [B, T, S]; a row sums to one, or to zero where the mask has no entry.
+    """
+    return logits.masked_fill_(~mask[:, None], MASKED).softmax(-1).mean(1).mul_(mask)
+
+
+def attention_target(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scaling: float) -> torch.Tensor:
+    """p: what attention over the keys of `mask` wants, [B, T, S]. Arguments as in the two functions above."""
     with torch.autocast(q.device.type, enabled=False):
-        wide = torch.promote_types(q.dtype, torch.float32)
-        grouped = (q.to(wide) * scaling).reshape(B, Hkv, Hq // Hkv * T, D)
-        logits = (grouped @ k.to(wide).transpose(2, 3)).view(B, Hq, T, S)
-        logits = logits.masked_fill_(~mask[:, None], MASKED)
-        return logits.softmax(-1).mean(1) * mask
+        return mean_softmax(attention_logits(q, k, scaling), mask)
 
 
 def kl_rows(p: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -76,6 +84,11 @@ def indexer_kl(
 
 
 class _IndexerKL(torch.autograd.Function):
+    """Per slab: the target p, the scores I, the loss, and by hand its gradient, dL/dI = softmax(I) - p.
+
+    In sparse training both are first gathered to the K selected keys, so that the softmaxes run over K and not over S.
+    """
+
     @staticmethod
     def forward(ctx, index_q, index_k, index_weights, q, k, scaling, visible, indices):
         B, Hq = q.shape[:2]
@@ -83,27 +96,58 @@ class _IndexerKL(torch.autograd.Function):
         count = valid.sum().clamp(min=1)
         wanted = any(ctx.needs_input_grad[:3])
         grads = [torch.zeros_like(x, dtype=torch.float32) for x in (index_q, index_k, index_weights)] if wanted else []
-        total = torch.zeros((), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-        for slab in visible.slabs(B, Hq):
-            mask = visible.mask(slab, q.device)
-            if indices is not None:
-                mask = mask & membership(indices[:, slab.queries], slab.keys)
-            p = attention_target(q[:, :, slab.queries], k[:, :, : slab.keys], mask, scaling)
-            args = [index_q[:, slab.queries], index_k[:, : slab.keys], index_weights[:, slab.queries]]
-            args = [x.detach().requires_grad_(wanted) for x in args]
-            with torch.set_grad_enabled(wanted):
-                rows = kl_rows(p, index_scores(*args), mask.expand_as(p))
-                loss = (rows * valid[:, slab.queries]).sum()
-            total += loss.detach()
-            if wanted:
-                for whole, at, part in zip(
-                    grads, (slab.queries, slice(slab.keys), slab.queries), torch.autograd.grad(loss, args), strict=True
-                ):
-                    whole[:, at] += part
+        total = torch.zeros((), dtype=torch.float32, device=q.device)
+        with torch.autocast(q.device.type, enabled=False):
+            for slab in visible.slabs(B, Hq):
+                at = slab.queries
+                args = index_q[:, at].float(), index_k[:, : slab.keys].float(), index_weights[:, at].float()
+                relu, scores = _scores(*args)
+                logits = attention_logits(q[:, :, at], k[:, :, : slab.keys], scaling)
+                if indices is None:
+                    chosen, mask = None, visible.mask(slab, q.device).expand_as(scores)
+                else:
+                    chosen, mask = indices[:, at].long().clamp(min=0), indices[:, at] >= 0
+                    logits = logits.gather(3, chosen[:, None].expand(-1, Hq, -1, -1))
+                    scores = scores.gather(2, chosen)
+                p = mean_softmax(logits, mask)
+                mass = p.sum(-1)  # 1, or 0 in a row without any key
+                scores.masked_fill_(~mask, MASKED)
+                lse = scores.logsumexp(-1)
+                rows = torch.xlogy(p, p).sum(-1) - (p * scores).sum(-1) + mass * lse
+                total += (rows * valid[:, at]).sum()
+                if wanted:
+                    d_scores = scores.sub_(lse[..., None]).exp_().sub_(p).mul_((mass * valid[:, at])[..., None])
+                    if chosen is not None:
+                        whole = d_scores.new_zeros(*chosen.shape[:2], slab.keys)
+                        d_scores = whole.scatter_add_(2, chosen, d_scores)
+                    dq, dk, dw = _scores_backward(*args, relu, d_scores)
+                    grads[0][:, at] = dq
+                    grads[1][:, : slab.keys] += dk
+                    grads[2][:, at] = dw
         ctx.save_for_backward(*(g / count for g in grads))
+        ctx.dtypes = [x.dtype for x in (index_q, index_k, index_weights)]
         return total / count
 
     @staticmethod
     def backward(ctx, grad):
-        grads = [g * grad for g in ctx.saved_tensors] or [None] * 3
+        grads = [(g * grad).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
         return *grads, None, None, None, None, None
+
+
+def _scores(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`index_scores` in float32 that also returns relu(q . k), [B, T, H, S], for its backward."""
+    B, T, H, D = q.shape
+    relu = (q.reshape(B, T * H, D) @ k.transpose(1, 2)).relu_().view(B * T, H, -1)
+    scores = (weights * (D * H) ** -0.5).view(B * T, 1, H) @ relu
+    return relu.view(B, T, H, -1), scores.view(B, T, -1)
+
+
+def _scores_backward(q, k, weights, relu, d_scores):
+    """Gradients (dq, dk, dw) of `_scores`; overwrites relu [B, T, H, S]."""
+    B, T, H, D = q.shape
+    scale = (D * H) ** -0.5
+    dw = (relu.view(B * T, H, -1) @ d_scores.view(B * T, -1, 1)).view(B, T, H) * scale
+    d_dots = relu.sign_().mul_(d_scores[:, :, None]).mul_((weights * scale)[..., None]).view(B, T * H, -1)
+    dq = (d_dots @ k).view(B, T, H, D)
+    dk = d_dots.transpose(1, 2) @ q.reshape(B, T * H, D)
+    return dq, dk, dw

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -130,7 +130,7 @@ class Qwen2DSAPreTrainedModel(Qwen2PreTrainedModel):
     config: Qwen2DSAConfig
     _no_split_modules = ["Qwen2DSADecoderLayer"]
     _can_record_outputs = {"hidden_states": Qwen2DSADecoderLayer, "attentions": Qwen2DSAAttention}
-    _keep_in_fp32_modules = ["indexer.weights_proj"]
+    _keep_in_fp32_modules_strict = ["indexer.weights_proj"]  # "strict": in bfloat16 checkpoints too
     _supports_flash_attn = False
     _supports_flex_attn = False
     _supports_attention_backend = False
@@ -162,9 +162,9 @@ class Qwen2DSAModel(Qwen2DSAPreTrainedModel, Qwen2Model):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
             use_cache = False
+        packed = position_ids if past_key_values is None and attention_mask is None else None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        packed = position_ids if past_key_values is None and attention_mask is None else None
         if position_ids is None:
             past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
             position_ids = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
@@ -202,7 +202,7 @@ class Qwen2DSAModel(Qwen2DSAPreTrainedModel, Qwen2Model):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                past_key_values=past_key_values if packed is None else None,  # it looks for documents without one
                 position_ids=position_ids,
             )
         return Visibility(length, keys, offset, key_mask, documents, dense_mask=dense_mask)
@@ -238,7 +238,3 @@ class Qwen2DSAForCausalLM(Qwen2DSAPreTrainedModel, Qwen2ForCausalLM):
 
     def backbone_parameters(self) -> list[torch.nn.Parameter]:
         return [p for name, p in self.named_parameters() if ".indexer." not in name]
-
-
-def is_dsa(model: PreTrainedModel) -> bool:
-    return isinstance(model, Qwen2DSAForCausalLM)

@@ -26,21 +26,41 @@ def select_topk(scores: torch.Tensor, topk: int, mask: torch.Tensor | None = Non
     k = min(topk, keys)
     index = torch.arange(keys, device=scores.device)
     if k == keys:  # every allowed key is taken: nothing to rank
+        index = torch.arange(keys, device=scores.device)
         chosen = index if mask is None else torch.where(mask, index, keys)
         chosen = chosen.expand(scores.shape)
     else:
-        # One int64 key that no two entries share: the score's bits in integer order, then the reversed index. Any
-        # top-k algorithm gives the same set for it. Adding 0.0 makes -0.0 and 0.0, which ReLU mixes freely, one value.
-        scores = scores.detach().float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf) + 0.0
-        bits = scores.contiguous().view(torch.int32)
-        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-        rank = (bits.long() << 32) | (keys - 1 - index)
-        if mask is not None:
-            rank = rank.masked_fill(~mask, LOWEST)
-        top = rank.topk(k, dim=-1, sorted=False).values
-        chosen = torch.where(top == LOWEST, keys, keys - 1 - (top & 0xFFFFFFFF))
+        scores = scores.detach().float()
+        if mask is None:
+            mask = scores.new_ones((), dtype=torch.bool)
+        masked = scores.masked_fill(~mask, -torch.inf)
+        values, chosen = masked.topk(k, dim=-1, sorted=False)
+        # `topk` may take any of the entries that tie with the smallest it took. Where it took them all, the set is
+        # unique; elsewhere (and for NaN, or fewer than k allowed keys) rank by a key that no two entries share.
+        least = values.amin(-1, keepdim=True)
+        unique = (masked == least).sum(-1) == (values == least).sum(-1)
+        ambiguous = ~unique | ~(least.squeeze(-1) > -torch.inf) | values.isnan().any(-1)
+        if ambiguous.any():
+            rows = mask.expand(scores.shape)[ambiguous]
+            chosen[ambiguous] = _rank_topk(scores[ambiguous], k, rows)
     chosen = chosen.int().sort(dim=-1).values
     return chosen.masked_fill(chosen == keys, -1)
+
+
+def _rank_topk(scores: torch.Tensor, k: int, mask: torch.Tensor) -> torch.Tensor:
+    """[N, S] -> [N, k] unordered key indices, S where there is none, by unique int64 keys: exact whatever the ties.
+
+    A key is the score's bits in integer order, then the reversed index. Adding 0.0 makes -0.0 and 0.0, which ReLU mixes
+    freely, one value.
+    """
+    keys = scores.shape[-1]
+    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf) + 0.0
+    bits = scores.contiguous().view(torch.int32)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    reversed_index = torch.arange(keys - 1, -1, -1, device=scores.device)
+    rank = ((bits.long() << 32) | reversed_index).masked_fill(~mask, LOWEST)
+    top = rank.topk(k, dim=-1, sorted=False).values
+    return torch.where(top == LOWEST, keys, keys - 1 - (top & 0xFFFFFFFF))
 
 
 def control_scores(name: str, queries: torch.Tensor, keys: int, sinks: int, layer_idx: int) -> torch.Tensor:

@@ -4,7 +4,6 @@
 An unknown key, a wrong type or a value out of range ends a stage with one line that names the key.
 """
 
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -59,6 +58,32 @@ class Data(Section):
     split_by: Literal["prompt", "data_source"]
 
 
+class Training(Section):
+    steps: Positive
+    batch_size: Positive  # rows a step, over all processes and micro-batches
+    learning_rate: Rate
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    gradient_checkpointing: bool = False
+
+
+class SparseTraining(Training):
+    indexer_learning_rate: Rate
+
+
+class Evaluate(Section):
+    rows: Positive  # held-out rows, the first so many
+    topk_sweep: list[Positive]  # k at inference, without retraining
+    statistics_rows: Positive  # of them, for mass and recall
+    generations: Annotated[int, Field(ge=0)]
+
+
+class Benchmark(Section):
+    topk: list[Positive]  # beside the experiment's own
+    decode: list[Positive]  # positions
+    prefill: list[Positive]
+    repeats: Positive
+
+
 class Params(Section):
     profile: str
     seed: Annotated[int, Field(ge=0)]
@@ -67,10 +92,33 @@ class Params(Section):
     model: Model
     pretrain: Pretrain | None = None
     data: Data
+    dense: Training
+    warmup: Training
+    sparse: SparseTraining
+    evaluate: Evaluate
+    benchmark: Benchmark
 
 
 class ParamsError(SystemExit):
     """Bad params; str() is the one line to show."""
+
+
+class Declared:
+    """A view of the params that shows a stage no more than dvc.yaml declares for it.
+
+    A param that is read but not declared would leave stale results behind when it changes: here it is an error.
+    """
+
+    def __init__(self, value: Section, keys: set[str], stage: str, prefix: str = ""):
+        self._value, self._keys, self._stage, self._prefix = value, keys, stage, prefix
+
+    def __getattr__(self, name: str):
+        path, value = self._prefix + name, getattr(self._value, name)
+        if path in self._keys:
+            return value
+        if any(key.startswith(path + ".") for key in self._keys):
+            return Declared(value, self._keys, self._stage, path + ".")
+        raise ParamsError(f"dvc.yaml: {self._stage}: reads the param {path}, but does not declare it")
 
 
 def read(path: Path) -> dict:
@@ -85,8 +133,30 @@ def read(path: Path) -> dict:
     return content
 
 
-def load(root: Path = Path()) -> Params:
-    """The validated params of the experiment at `root`. Raises ParamsError, which ends a program with its one line."""
+def declared(stage: str, profile: str, root: Path = Path()) -> set[str]:
+    """The param keys that dvc.yaml declares for a stage, or for "name@item" of a foreach stage."""
+    name, _, item = stage.partition("@")
+    entry = read(root / "dvc.yaml")["stages"][name]
+    entries = entry["do"]["params"] if item else entry["params"]
+    if item:
+        knob = entry["foreach"][item]["knob"]
+        entries = [knob if e == "${item.knob}" else e for e in entries]
+    keys = set()
+    for entry in entries:
+        if isinstance(entry, str):
+            keys.add(entry)
+        else:
+            ((file, names),) = entry.items()
+            if file.replace("${profile}", profile) == f"profiles/{profile}.yaml":
+                keys.update(names or read(root / f"profiles/{profile}.yaml"))
+    return keys
+
+
+def load(stage: str | None = None, root: Path = Path()) -> Params:
+    """The validated params of the experiment at `root`: what dvc.yaml declares for `stage`, or all of them.
+
+    Raises ParamsError, which ends a program with its one line.
+    """
     knobs = read(root / "params.yaml")
     profile = knobs.get("profile")
     if not isinstance(profile, str) or not (root / "profiles" / f"{profile}.yaml").is_file():
@@ -96,14 +166,14 @@ def load(root: Path = Path()) -> Params:
     if twice := knobs.keys() & scale.keys():
         raise ParamsError(f"profiles/{profile}.yaml: {', '.join(sorted(twice))}: belongs to params.yaml only")
     try:
-        return Params.model_validate(knobs | scale)
+        params = Params.model_validate(knobs | scale)
     except ValidationError as error:
         first = error.errors()[0]
         file = "params.yaml" if first["loc"][0] in knobs else f"profiles/{profile}.yaml"
         key = ".".join(str(part) for part in first["loc"])
         raise ParamsError(f"{file}: {key}: {first['msg']} (got {first['input']!r})") from None
+    return Declared(params, declared(stage, profile, root), stage) if stage else params
 
 
 if __name__ == "__main__":
     load()
-    sys.exit(0)

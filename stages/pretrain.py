@@ -23,7 +23,9 @@ from stages.params import Phase, Pretrain
 OUT = Path("data/base")
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # Qwen2's own split: contractions, words, single digits, punctuation, line ends, spaces.
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -99,7 +101,7 @@ def collate(items: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    params = params_module.load()
+    params = params_module.load("pretrain")
     cfg, data = params.pretrain, params.data
     train, test, _ = corpus.separate(corpus.source_files(data.packages), data.test_fraction)
     random.Random(params.seed).shuffle(train)

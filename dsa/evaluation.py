@@ -1,0 +1,130 @@
+"""What a model predicts on held-out rows, and what its indexer selects against what attention wanted."""
+
+from dataclasses import dataclass
+
+import torch
+
+from dsa.data import IGNORE
+from dsa.indexer import index_scores
+from dsa.losses import attention_target
+from dsa.masks import Slab, membership
+from dsa.modeling import Qwen2DSAForCausalLM
+from dsa.selector import select_topk
+
+
+@dataclass
+class Predictions:
+    """Teacher-forced predictions of one row; entry i is about token i + 1.
+
+    nll: float32 [L - 1], -log p of the true token. argmax: int64 [L - 1], the likeliest token.
+    """
+
+    nll: torch.Tensor
+    argmax: torch.Tensor
+
+
+@torch.no_grad()
+def predict(model: Qwen2DSAForCausalLM, ids: list[int]) -> Predictions:
+    """One row, without padding, in the model's own precision."""
+    x = torch.tensor([ids], device=model.device)
+    logits = model(x, use_cache=False).logits[0, :-1].float()
+    nll = torch.nn.functional.cross_entropy(logits, x[0, 1:], reduction="none")
+    return Predictions(nll.cpu(), logits.argmax(-1).cpu())
+
+
+def answer_spans(labels: list[int]) -> list[tuple[int, int]]:
+    """[start, end) of each run of labels that are no IGNORE."""
+    spans, start = [], None
+    for i, label in enumerate([*labels, IGNORE]):
+        if label != IGNORE and start is None:
+            start = i
+        elif label == IGNORE and start is not None:
+            spans.append((start, i))
+            start = None
+    return spans
+
+
+def evidence_distance(ids: list[int], span: tuple[int, int]) -> int | None:
+    """Tokens between an answer and the nearest earlier place where the same tokens stand; None where they do not.
+
+    The end-of-turn token is no part of what is looked for, nor is the first token, which may carry the line's indent.
+    """
+    start, end = span[0] + 1, span[1] - 1
+    wanted = ids[start:end]
+    if not wanted:
+        return None
+    for at in range(span[0] - len(wanted), -1, -1):
+        if ids[at : at + len(wanted)] == wanted:
+            return start - at
+    return None
+
+
+def exact_match(predictions: Predictions, ids: list[int], span: tuple[int, int]) -> bool:
+    """Whether greedy decoding from the true prompt would give the whole answer, its end of turn included.
+
+    Teacher forcing decides that exactly: greedy decoding follows the true answer as long as every argmax is right.
+    """
+    start, end = span
+    return predictions.argmax[start - 1 : end - 1].tolist() == ids[start:end]
+
+
+class SelectionStatistics:
+    """Observer: per layer, how much of dense attention the top-k keys hold, and how many of the best k they are.
+
+    mass: attention mass on the k keys with the largest index scores; oracle_mass: on the k best keys;
+    recall: the share of the k best keys among the selected. Means over the queries that see more than k keys.
+    """
+
+    def __init__(self, topk: int):
+        self.topk = topk
+        self.layers: list[dict[str, float]] = []
+
+    def observe(self, layer, index, q, k, visible, indices) -> None:
+        B, Hq = q.shape[:2]
+        sums = dict.fromkeys(("mass", "oracle_mass", "recall"), 0.0)
+        count = 0
+        for slab in visible.slabs(B, Hq):
+            mask = visible.mask(slab, q.device)
+            p = attention_target(q[:, :, slab.queries], k[:, :, : slab.keys], mask, layer.scaling)
+            rows = mask.sum(-1).expand(B, -1) > self.topk
+            if not rows.any():
+                continue
+            scores = index_scores(index[0][:, slab.queries], index[1][:, : slab.keys], index[2][:, slab.queries])
+            ours = membership(select_topk(scores, self.topk, mask), slab.keys)
+            best = membership(select_topk(p, self.topk, mask), slab.keys)
+            sums["mass"] += (p * ours).sum(-1)[rows].sum().item()
+            sums["oracle_mass"] += (p * best).sum(-1)[rows].sum().item()
+            sums["recall"] += ((ours & best).sum(-1) / self.topk)[rows].sum().item()
+            count += rows.sum().item()
+        self.layers.append({name: total / max(count, 1) for name, total in sums.items()})
+
+
+@torch.no_grad()
+def attention_mass(model: Qwen2DSAForCausalLM, ids: torch.Tensor, topk: int) -> dict[str, list[float]]:
+    """`SelectionStatistics` of ids [B, L] under dense attention: {"mass", "oracle_mass", "recall"}, a number a layer."""
+    statistics, mode, training = SelectionStatistics(topk), model.config.attention_mode, model.training
+    model.config.attention_mode = "dense"
+    model.eval()
+    try:
+        model.model(ids, observer=statistics, use_cache=False)
+    finally:
+        model.config.attention_mode = mode
+        model.train(training)
+    return {name: [layer[name] for layer in statistics.layers] for name in statistics.layers[0]}
+
+
+class Heatmap:
+    """Observer: what one layer's attention wanted (p) and what its indexer offers (softmax of the scores), last rows."""
+
+    def __init__(self, layer_idx: int, queries: int):
+        self.layer_idx, self.queries = layer_idx, queries
+        self.wanted = self.offered = None
+
+    def observe(self, layer, index, q, k, visible, indices) -> None:
+        if layer.layer_idx != self.layer_idx:
+            return
+        slab = Slab(max(0, visible.length - self.queries), visible.length, visible.keys)
+        mask = visible.mask(slab, q.device)
+        self.wanted = attention_target(q[:, :, slab.queries], k, mask, layer.scaling)[0]
+        scores = index_scores(index[0][:, slab.queries], index[1], index[2][:, slab.queries])
+        self.offered = scores.masked_fill(~mask, -torch.inf).softmax(-1)[0]

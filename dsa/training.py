@@ -1,0 +1,169 @@
+"""Training with transformers' Trainer: what is frozen, which loss, which parameter groups.
+
+Three kinds of run share this one Trainer:
+  dense, and control arms   backbone by the language-model loss
+  dense warm-up             indexer by its KL under dense attention, backbone frozen
+  sparse training           backbone by the language-model loss, indexer by its KL over the selected keys
+Both losses are means over the global batch: they do not change with micro-batch, accumulation or number of processes.
+"""
+
+import time
+
+import torch
+from torch.utils.data import Dataset
+from transformers import ProgressCallback, Trainer, TrainerCallback
+
+from dsa.evaluation import attention_mass
+from dsa.modeling import Qwen2DSAForCausalLM
+
+
+def freeze(model: Qwen2DSAForCausalLM, *, backbone: bool, indexer: bool) -> None:
+    """Freeze (True) or train (False) the two halves of the model."""
+    for parameter in model.backbone_parameters():
+        parameter.requires_grad_(not backbone)
+    for parameter in model.indexer_parameters():
+        parameter.requires_grad_(not indexer)
+
+
+def supports_bf16() -> bool:
+    """Whether bfloat16 matrix products are fast here; on a CPU without them autocast would only cost precision."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
+
+
+class Rows(Dataset):
+    """A list of {"input_ids", "labels"} as a torch Dataset."""
+
+    def __init__(self, examples: list[dict]):
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, i: int) -> dict:
+        return self.examples[i]
+
+
+class DSATrainer(Trainer):
+    """Trains whatever of the model is not frozen.
+
+    Args:
+        indexer_learning_rate: of the indexers' own parameter group; the backbone's is `args.learning_rate`.
+
+    The logs hold, by optimiser step: `lm_loss` if the backbone is trained, and `kl`, the layers' mean, with
+    `kl_layer_<i>`, if the indexer is.
+    """
+
+    def __init__(self, model: Qwen2DSAForCausalLM, *args, indexer_learning_rate: float | None = None, **kwargs):
+        self.trains_indexer = any(p.requires_grad for p in model.indexer_parameters())
+        self.trains_backbone = any(p.requires_grad for p in model.backbone_parameters())
+        self.indexer_learning_rate = indexer_learning_rate
+        self.positions_in_batch = 1
+        self.sums: dict[str, torch.Tensor] = {}
+        super().__init__(model, *args, **kwargs)
+        self.loss_is_scaled_for_ga = True  # `compute_loss` divides by the counts of the whole accumulated batch
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """Parameter groups: backbone with and without weight decay, indexer. Frozen parameters are in none."""
+        if self.optimizer is None:
+            decayed = set(self.get_decay_parameter_names(self.model))
+            groups = {"decay": [], "no_decay": [], "indexer": []}
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    kind = "indexer" if ".indexer." in name else "decay" if name in decayed else "no_decay"
+                    groups[kind].append(parameter)
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            indexer_lr = self.indexer_learning_rate or self.args.learning_rate
+            options = {
+                "decay": {"weight_decay": self.args.weight_decay},
+                "no_decay": {"weight_decay": 0.0},
+                "indexer": {"weight_decay": 0.0, "lr": indexer_lr},
+            }
+            self.optimizer = cls([{"params": p, **options[kind]} for kind, p in groups.items() if p], **kwargs)
+        return self.optimizer
+
+    def _clip_grad_norm(self, model):
+        """Clip backbone and indexer apart: a joint norm would let a large KL gradient shrink the backbone's step."""
+        norms = [
+            self.accelerator.clip_grad_norm_(half, self.args.max_grad_norm)
+            for half in (self.model.backbone_parameters(), self.model.indexer_parameters())
+            if any(p.requires_grad for p in half)
+        ]
+        return norms[0]
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        positions = sum((b["attention_mask"].sum() for b in batches), torch.zeros((), dtype=torch.long)).to(device)
+        self.positions_in_batch = self.accelerator.gather(positions).sum()
+        return batches, num_items
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        if self.trains_backbone:
+            inputs["num_items_in_batch"] = num_items_in_batch
+        else:
+            inputs |= {"labels": None, "logits_to_keep": 1}
+        outputs = model(**inputs, output_indexer_kl=self.trains_indexer, use_cache=False)
+        loss = outputs.logits.new_zeros(())
+        if self.trains_backbone:
+            loss = loss + outputs.loss
+            self._note("lm_loss", outputs.loss)
+        if self.trains_indexer:
+            kl = outputs.indexer_kl * (inputs["attention_mask"].sum() / self.positions_in_batch)
+            loss = loss + kl.sum()
+            self._note("kl", kl.mean())
+            for i, value in enumerate(kl):
+                self._note(f"kl_layer_{i}", value)
+        loss = loss * self.accelerator.num_processes  # DDP takes the mean of the gradients
+        return (loss, outputs) if return_outputs else loss
+
+    def _note(self, name: str, value: torch.Tensor) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs and self.sums:
+            # Each process summed its own shares of the global batch.
+            totals = {name: self.accelerator.reduce(value, "sum").item() for name, value in self.sums.items()}
+            logs |= {name: total / self.args.logging_steps for name, total in totals.items()}
+            self.sums.clear()
+        super().log(logs, *args, **kwargs)
+
+
+class MassProbe(TrainerCallback):
+    """Logs `mass_layer_<i>` every so many steps: the share of dense attention that the indexer's first eighth of the
+    keys would hold, on one held-out row. An eighth, and not top-k: the warm-up does not depend on k."""
+
+    def __init__(self, row: dict, every: int):
+        self.ids = torch.tensor([row["input_ids"]])
+        self.every = every
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.every == 0 or state.global_step in (1, state.max_steps):
+            mass = attention_mass(model, self.ids.to(model.device), self.ids.shape[1] // 8)
+            state.log_history.append(
+                {"step": state.global_step} | {f"mass_layer_{i}": m for i, m in enumerate(mass["mass"])}
+            )
+
+
+class TokenProgress(ProgressCallback):
+    """The Trainer's progress bar, with tokens/s beside steps and ETA."""
+
+    def __init__(self, tokens_per_step: float):
+        super().__init__()
+        self.tokens_per_step = tokens_per_step
+        self.begun = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.begun = time.monotonic(), state.global_step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        super().on_step_end(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            start, step = self.begun
+            rate = (state.global_step - step) * self.tokens_per_step / (time.monotonic() - start)
+            self.training_bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """A line a step belongs into the CSV, not between the bars."""

@@ -1,0 +1,104 @@
+"""Stage `benchmark`: what one layer's attention costs at a position, at Qwen2.5-0.5B's geometry, on this machine.
+
+Decode is one query at position L, prefill a block of queries that ends there; random tensors, one process, medians.
+Dense is the faster of PyTorch's SDPA and a grouped matrix product; DSA is scoring, top-k and attention together.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from dsa import index_scores, select_topk, sparse_attention
+from dsa.masks import Slab, Visibility
+from stages import params
+from stages.common import measured, write_json
+
+HQ, HKV, D = 14, 2, 64  # Qwen2.5-0.5B
+BLOCK = 64  # queries of a prefill measurement
+
+
+def milliseconds(call: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """(median, spread between the quartiles) of a call, after one that does not count."""
+    call()
+    times = []
+    for _ in range(repeats):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+    times.sort()
+    return median(times), times[(3 * len(times)) // 4] - times[len(times) // 4]
+
+
+def grouped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Dense attention as two matrix products; K and V are read once for all heads of a group."""
+    B, Hq, T, D = q.shape
+    logits = (q.view(B, HKV, -1, D) @ k.transpose(2, 3)).view(B, Hq, T, -1) * D**-0.5
+    p = logits.masked_fill_(~mask, -torch.inf).softmax(-1)
+    return (p.view(B, HKV, -1, k.shape[2]) @ v).view(B, Hq, T, D)
+
+
+@torch.no_grad()
+def measure(length: int, queries: int, topks: list[int], indexer, repeats: int) -> dict:
+    """Milliseconds a token at position `length` of each way to attend."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(length)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    q, k, v = random(1, HQ, queries, D), random(1, HKV, length, D), random(1, HKV, length, D)
+    index_q = random(1, queries, indexer.n_heads, indexer.head_dim)
+    index_k, weights = random(1, length, indexer.head_dim), random(1, queries, indexer.n_heads)
+    mask = Visibility(queries, length, length - queries).mask(Slab(0, queries, length), q.device)
+    row: dict = {"position": length}
+
+    def note(name: str, call: Callable[[], object]) -> None:
+        middle, spread = milliseconds(call, repeats)
+        row[name], row[f"{name}_spread"] = round(middle / queries, 5), round(spread / queries, 5)
+
+    note("sdpa", lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True))
+    note("grouped_matmul", lambda: grouped_attention(q, k, v, mask))
+    row["dense"] = min(row["sdpa"], row["grouped_matmul"])
+    for topk in topks:
+        if topk >= length:
+            continue
+
+        def select(topk: int = topk) -> torch.Tensor:
+            return select_topk(index_scores(index_q, index_k, weights), topk, mask)
+
+        note(f"indexer_{topk}", select)
+        note(f"dsa_{topk}", lambda select=select: sparse_attention(q, k, v, select()))
+        row[f"speedup_{topk}"] = round(row["dense"] / row[f"dsa_{topk}"], 3)
+    return row
+
+
+def main() -> None:
+    p = params.load("benchmark")
+    topks = sorted({p.topk, *p.benchmark.topk})
+    metrics: dict = {
+        "geometry": {"query_heads": HQ, "kv_heads": HKV, "head_dim": D} | p.indexer.model_dump(),
+        "dtype": "float32",
+        "topk": topks,
+    }
+    with measured(metrics):
+        for kind, queries, lengths in (
+            ("decode", 1, p.benchmark.decode),
+            ("prefill", BLOCK, p.benchmark.prefill),
+        ):
+            metrics[kind] = [
+                measure(length, queries, topks, p.indexer, p.benchmark.repeats) for length in tqdm(lengths, desc=kind)
+            ]
+    write_json(Path("reports/benchmark/cost.json"), metrics)
+
+
+if __name__ == "__main__":
+    main()

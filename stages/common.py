@@ -1,0 +1,81 @@
+"""What every stage needs: rows on disk, metrics with the cost of the run, and a scratch directory that survives a crash."""
+
+import gzip
+import hashlib
+import json
+import os
+import platform
+import resource
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+
+def read_rows(path: Path) -> Iterator[dict]:
+    """The rows of a gzipped JSON lines file."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def write_rows(path: Path, rows: Iterable[dict]) -> None:
+    """Gzipped JSON lines, the same bytes for the same rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0, compresslevel=6) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def device_name() -> str:
+    """The accelerator, or the processor and the number of threads that torch uses."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"CPU ({model}), {torch.get_num_threads()} threads"
+
+
+@contextmanager
+def measured(metrics: dict) -> Iterator[None]:
+    """Add `run` to the metrics: seconds, peak memory of the process (GB) and of the accelerator, device."""
+    start = time.monotonic()
+    yield
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() != "Darwin" else 2**30)
+    metrics["run"] = {
+        "seconds": round(time.monotonic() - start, 1),
+        "peak_memory_gb": round(peak, 2),
+        "device": device_name(),
+    }
+    if torch.cuda.is_available():
+        metrics["run"]["peak_device_memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+
+
+def digest(paths: Iterable[Path]) -> str:
+    """A hash of the contents of files and directories."""
+    total = hashlib.blake2b(digest_size=8)
+    for path in paths:
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        for file in files:
+            total.update(file.relative_to(path.parent).as_posix().encode())
+            total.update(hashlib.blake2b(file.read_bytes()).digest())
+    return total.hexdigest()
+
+
+def scratch(stage: str, settings: dict, inputs: Iterable[Path]) -> Path:
+    """Where the stage's checkpoints live: under DSA_SCRATCH, named after its params and inputs.
+
+    It is no output of the pipeline, for DVC deletes outputs before a stage runs. A rerun with the same params and
+    inputs finds its own checkpoint, any other does not.
+    """
+    root = Path(os.environ.get("DSA_SCRATCH", Path.home() / ".cache" / "dsa" / "scratch"))
+    name = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return root / f"{stage}-{name}-{digest(inputs)}"

@@ -1,0 +1,174 @@
+"""Stage `evaluate@<group>`: what the arms of a group predict on the held-out rows.
+
+All arms of a group share their weights and differ in what each query attends to. Per-token predictions go to
+data/evaluate/<group>.npz, numbers to reports/evaluate/<group>.json; differences between arms are the report's work.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from dsa import Qwen2DSAForCausalLM
+from dsa.data import IGNORE
+from dsa.evaluation import Heatmap, Predictions, answer_spans, attention_mass, evidence_distance, exact_match, predict
+from stages import params
+from stages.common import measured, read_rows, write_json
+from stages.training import examples
+
+# group: (model, {arm: what is changed in its config})
+GROUPS = {
+    "dense": ("models/dense", {"dense": {}}),
+    "warmup": (
+        "models/warmup",
+        {
+            "base": {},
+            "oracle": {"attention_mode": "sparse", "selector": "oracle"},
+            "sink_window": {"attention_mode": "sparse", "selector": "sink_window"},
+            "window": {"attention_mode": "sparse", "selector": "window"},
+            "random": {"attention_mode": "sparse", "selector": "random"},
+            "warmup": {"attention_mode": "sparse", "selector": "indexer"},
+        },
+    ),
+    "dsa": ("models/dsa", {"dsa_oracle": {"selector": "oracle"}, "dsa": {"selector": "indexer"}}),
+    "window": ("models/window", {"window_trained": {}}),
+}
+PROMPT_TOKENS = 1800  # of a sample generation, from the end
+
+
+def configure(model: Qwen2DSAForCausalLM, changes: dict) -> None:
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+
+
+def summarize(rows: list[dict], texts: list[dict], predictions: list[Predictions]) -> dict:
+    """Held-out losses (nats a token) and the look-ups with their distance."""
+    nll = torch.cat([p.nll for p in predictions])
+    answers = torch.cat([torch.tensor(r["labels"][1:]) != IGNORE for r in rows])
+    lookups = []
+    for row, text, prediction in zip(rows, texts, predictions, strict=True):
+        if text["type_keyword"][0] != "lookup":
+            continue
+        spans = answer_spans(row["labels"])
+        for kind, span in zip(text["type_keyword"][1:], spans, strict=False):
+            whole = span[1] < len(row["input_ids"])  # an answer that the length limit cut cannot be checked
+            distance = evidence_distance(row["input_ids"], span)
+            if whole and distance is not None:
+                right = exact_match(prediction, row["input_ids"], span)
+                lookups.append({"kind": kind, "distance": distance, "right": right})
+    return {
+        "loss": round(nll[answers].mean().item(), 5),
+        "loss_all_tokens": round(nll.mean().item(), 5),
+        "answer_tokens": int(answers.sum()),
+        "tokens": len(nll),
+        "rows": len(rows),
+        "lookups": len(lookups),
+        "retrieval": round(sum(x["right"] for x in lookups) / max(1, len(lookups)), 5),
+    }, lookups
+
+
+def generate(model: Qwen2DSAForCausalLM, tokenizer, rows: list[dict], texts: list[dict], count: int) -> list[dict]:
+    """Greedy answers to the first question of the first look-up rows and the truth beside them."""
+    samples = []
+    for row, text in zip(rows, texts, strict=True):
+        if len(samples) == count:
+            break
+        if text["type_keyword"][0] != "lookup":
+            continue
+        start, end = answer_spans(row["labels"])[0]
+        prompt = torch.tensor([row["input_ids"][:start]])
+        out = model.generate(
+            prompt.to(model.device),
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=end - start + 16,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        samples.append(
+            {
+                "prompt_tokens": start,
+                "prompt_end": tokenizer.decode(row["input_ids"][max(0, start - 60) : start]),
+                "truth": tokenizer.decode(row["input_ids"][start:end]),
+                "answer": tokenizer.decode(out[0, start:]),
+            }
+        )
+    return samples
+
+
+def main(group: str) -> None:
+    p = params.load(f"evaluate@{group}")
+    path, arms = GROUPS[group]
+    model = Qwen2DSAForCausalLM.from_pretrained(path, dtype="float32").eval()
+    if torch.cuda.is_available():
+        model.cuda()
+    if group in ("warmup", "dsa", "window"):
+        model.config.index_topk = p.topk
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    texts = list(read_rows(Path("data/long/test.jsonl.gz")))[: p.evaluate.rows]
+    rows = examples(tokenizer, Path("data/long/test.jsonl.gz"), p.data.max_length)[: p.evaluate.rows]
+    metrics: dict = {"arms": {}}
+    arrays: dict[str, np.ndarray] = {
+        "lengths": np.array([len(r["input_ids"]) - 1 for r in rows]),
+        "answers": np.concatenate([np.array(r["labels"][1:]) != IGNORE for r in rows]),
+    }
+
+    def run(arm: str) -> tuple[dict, list[dict]]:
+        start = time.monotonic()
+        predictions = [predict(model, row["input_ids"]) for row in tqdm(rows, desc=arm)]
+        summary, lookups = summarize(rows, texts, predictions)
+        summary["tokens_per_second"] = round(summary["tokens"] / (time.monotonic() - start))
+        arrays[f"nll_{arm}"] = torch.cat([x.nll for x in predictions]).numpy()
+        arrays[f"argmax_{arm}"] = torch.cat([x.argmax for x in predictions]).numpy().astype(np.int32)
+        return summary, lookups
+
+    with measured(metrics), torch.no_grad():
+        for arm, changes in arms.items():
+            configure(model, changes)
+            metrics["arms"][arm], lookups = run(arm)
+            arrays[f"right_{arm}"] = np.array([x["right"] for x in lookups])
+            arrays["lookup_distance"] = np.array([x["distance"] for x in lookups])
+            arrays["lookup_kind"] = np.array([x["kind"] for x in lookups])
+        if group in ("dense", "dsa"):
+            metrics["generations"] = generate(model, tokenizer, rows, texts, p.evaluate.generations)
+        if group in ("warmup", "dsa"):
+            metrics["selection"] = selection(model, rows[: p.evaluate.statistics_rows], p.topk)
+        if group == "dsa":
+            metrics["topk_sweep"] = {}
+            for topk in sorted({*p.evaluate.topk_sweep, p.topk}):
+                model.config.index_topk = topk
+                summary = metrics["arms"]["dsa"] if topk == p.topk else run(f"k{topk}")[0]
+                metrics["topk_sweep"][str(topk)] = {
+                    key: summary[key] for key in ("loss", "loss_all_tokens", "retrieval")
+                }
+            model.config.index_topk = p.topk
+            arrays |= heatmap(model, rows[0])
+    out = Path(f"data/evaluate/{group}.npz")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(out, **arrays)
+    write_json(Path(f"reports/evaluate/{group}.json"), metrics)
+
+
+def selection(model: Qwen2DSAForCausalLM, rows: list[dict], topk: int) -> dict[str, list[float]]:
+    """Mass@k, the oracle's mass@k and recall@k of each layer, means over the rows that are longer than k."""
+    each = [attention_mass(model, torch.tensor([r["input_ids"]], device=model.device), topk) for r in rows]
+    return {name: [round(float(x), 4) for x in np.mean([e[name] for e in each], axis=0)] for name in each[0]}
+
+
+def heatmap(model: Qwen2DSAForCausalLM, row: dict, queries: int = 256) -> dict[str, np.ndarray]:
+    """The last queries of a row, middle layer: what attention wanted and what the indexer offers, [queries, keys]."""
+    layer = model.config.num_hidden_layers // 2
+    observer, mode = Heatmap(layer, queries), model.config.attention_mode
+    model.config.attention_mode = "dense"
+    model.model(torch.tensor([row["input_ids"]], device=model.device), observer=observer, use_cache=False)
+    model.config.attention_mode = mode
+    maps = {"heatmap_wanted": observer.wanted, "heatmap_offered": observer.offered}
+    return {name: x.cpu().numpy().astype(np.float16) for name, x in maps.items()} | {"heatmap_layer": np.array(layer)}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

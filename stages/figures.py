@@ -1,0 +1,237 @@
+"""The report's figures: each takes numbers and a path, and draws one picture that a stranger understands."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+COLORS = {
+    "dense": "#222222",
+    "dsa": "#d1495b",
+    "window_trained": "#2e86ab",
+    "warmup": "#edae49",
+    "oracle": "#66a182",
+    "base": "#888888",
+}
+LABELS = {
+    "dense": "dense attention",
+    "dsa": "DSA",
+    "window_trained": "recency window, trained",
+    "warmup": "warm-up only",
+    "oracle": "oracle top-k",
+    "base": "base model, dense",
+}
+BIN = 128  # positions
+
+plt.rcParams.update(
+    {
+        "figure.dpi": 110,
+        "font.size": 10,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+        "svg.hashsalt": "dsa",
+    }
+)
+
+
+def save(figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+
+
+def by_position(positions: np.ndarray, rows: np.ndarray, values: np.ndarray) -> pd.DataFrame:
+    """Mean and standard error (over rows) of per-token values in bins of `BIN` positions."""
+    frame = pd.DataFrame({"bin": positions // BIN, "row": rows, "value": values})
+    cells = frame.groupby(["bin", "row"])["value"].agg(["sum", "count"]).reset_index()
+
+    def ratio(cell: pd.DataFrame) -> pd.Series:
+        n, mean = cell["count"].sum(), cell["sum"].sum() / cell["count"].sum()
+        residual = cell["sum"] - mean * cell["count"]
+        return pd.Series({"mean": mean, "se": np.sqrt((residual**2).sum()) / n, "rows": len(cell)})
+
+    table = cells.groupby("bin")[["sum", "count"]].apply(ratio)
+    table["position"] = table.index * BIN + BIN / 2
+    return table[table["rows"] >= 10]
+
+
+def loss_by_position(nll: dict[str, np.ndarray], positions, rows, topk: int, path: Path) -> None:
+    """Left: loss of each trained arm. Right: its difference from dense attention, token by token."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    for arm, values in nll.items():
+        table = by_position(positions, rows, values)
+        left.plot(table["position"], table["mean"], color=COLORS[arm], label=LABELS[arm])
+        if arm != "dense":
+            gap = by_position(positions, rows, values - nll["dense"])
+            right.plot(gap["position"], gap["mean"], color=COLORS[arm], label=LABELS[arm])
+            band = gap["mean"] - gap["se"], gap["mean"] + gap["se"]
+            right.fill_between(gap["position"], *band, color=COLORS[arm], alpha=0.2, linewidth=0)
+    for axis in (left, right):
+        axis.axvline(topk, color="#999999", linestyle=":")
+        axis.set_xlabel("position in the sequence (tokens)")
+    right.axhline(0, color="#222222", linewidth=1)
+    right.annotate(f" k = {topk}", (topk, right.get_ylim()[1]), va="top", color="#777777")
+    left.set_ylabel("held-out loss (nats per token)")
+    right.set_ylabel("loss minus dense (nats per token)")
+    left.legend()
+    right.legend()
+    figure.suptitle("What sparse attention costs in quality, by position (band: ± one standard error over rows)")
+    save(figure, path)
+
+
+def quality_by_topk(sweep: pd.DataFrame, dense: dict, window: dict, topk: int, path: Path) -> None:
+    """DSA at other k than it was trained with, without retraining."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    left.errorbar(sweep["topk"], sweep["gap"], sweep["gap_se"], color=COLORS["dsa"], marker="o", label=LABELS["dsa"])
+    left.axhline(0, color=COLORS["dense"], linewidth=1, label=LABELS["dense"])
+    left.plot([topk], [window["gap"]], "s", color=COLORS["window_trained"], label=LABELS["window_trained"])
+    left.set_ylabel("answer loss minus dense (nats per token)")
+    right.plot(sweep["topk"], 100 * sweep["retrieval"], color=COLORS["dsa"], marker="o")
+    right.axhline(100 * dense["retrieval"], color=COLORS["dense"], linewidth=1)
+    right.plot([topk], [100 * window["retrieval"]], "s", color=COLORS["window_trained"])
+    right.set_ylabel("look-ups answered exactly (%)")
+    for axis in (left, right):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sweep["topk"], [str(k) for k in sweep["topk"]])
+        axis.set_xlabel("k, keys per query at inference")
+        axis.axvline(topk, color="#999999", linestyle=":")
+    left.legend()
+    figure.suptitle(f"How few keys are enough (trained at k = {topk}, not retrained for the others)")
+    save(figure, path)
+
+
+def mass_by_layer(selections: dict[str, dict], topk: int, path: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    layers = np.arange(len(selections["dsa"]["mass"]))
+    for shift, (arm, values) in zip((-0.25, 0.05), selections.items(), strict=True):
+        left.bar(layers + shift, values["mass"], width=0.28, color=COLORS[arm], label=f"indexer, {LABELS[arm]}")
+        right.bar(layers + shift, values["recall"], width=0.28, color=COLORS[arm], label=LABELS[arm])
+    left.plot(
+        layers - 0.1, selections["dsa"]["oracle_mass"], "_", markersize=40, color=COLORS["oracle"], label="best k keys"
+    )
+    left.set_ylabel(f"share of attention on the {topk} keys")
+    right.set_ylabel(f"recall of the best {topk} keys")
+    for axis in (left, right):
+        axis.set_xticks(layers, [f"layer {i}" for i in layers])
+        axis.set_ylim(0, 1.12)
+        axis.legend(loc="upper center", ncols=3, fontsize=8)
+    figure.suptitle("How much of what attention wants the indexer finds")
+    save(figure, path)
+
+
+def training_curves(curves: dict[str, pd.DataFrame], path: Path) -> None:
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4))
+    for stage, arm in (("dense", "dense"), ("sparse", "dsa"), ("window", "window_trained")):
+        curve = curves[stage]
+        left.plot(curve["step"], curve["lm_loss"], color=COLORS[arm], alpha=0.2)
+        left.plot(
+            curve["step"], curve["lm_loss"].rolling(8, min_periods=1).mean(), color=COLORS[arm], label=LABELS[arm]
+        )
+    left.set_ylabel("training loss on answers (nats per token)")
+    left.legend()
+    begun = curves["warmup"]["step"].max()
+    for stage, arm, start in (("warmup", "warmup", 0), ("sparse", "dsa", begun)):
+        name = "dense warm-up, over all keys" if stage == "warmup" else "sparse training, over selected keys"
+        middle.plot(curves[stage]["step"] + start, curves[stage]["kl"], color=COLORS[arm], label=name)
+    middle.set_ylabel("indexer KL (nats, mean of layers)")
+    middle.set_yscale("log")
+    middle.legend()
+    layers = [c for c in curves["warmup"] if c.startswith("mass_layer_")]
+    for i, name in enumerate(layers):
+        mass = pd.concat(
+            [
+                curves["warmup"][["step", name]],
+                curves["sparse"][["step", name]].assign(step=lambda c: c["step"] + begun),
+            ]
+        )
+        mass = mass.dropna()
+        shade = plt.cm.viridis(i / max(1, len(layers) - 0.5))
+        right.plot(mass["step"], mass[name], marker=".", color=shade, label=f"layer {i}")
+    right.axvline(begun, color="#999999", linestyle=":")
+    right.set_ylabel("attention mass on the indexer's best eighth")
+    right.legend()
+    for axis, text in ((left, "step"), (middle, "step (warm-up, then sparse)"), (right, "step (warm-up | sparse)")):
+        axis.set_xlabel(text)
+    save(figure, path)
+
+
+def retrieval_by_distance(distance: np.ndarray, right: dict[str, np.ndarray], topk: int, path: Path) -> None:
+    edges = np.array([0, 128, 256, 512, 768, 1024, 1536, 2048, 1 << 20])
+    edges = edges[: np.searchsorted(edges, distance.max(), side="right") + 1]
+    figure, axis = plt.subplots(figsize=(7.5, 4))
+    which = np.digitize(distance, edges) - 1
+    bins = [b for b in range(len(edges) - 1) if (which == b).sum() >= 8]
+    for arm, hits in right.items():
+        share = np.array([hits[which == b].mean() for b in bins])
+        count = np.array([(which == b).sum() for b in bins])
+        axis.errorbar(
+            range(len(bins)),
+            100 * share,
+            100 * np.sqrt(share * (1 - share) / count),
+            color=COLORS[arm],
+            marker="o",
+            label=LABELS[arm],
+        )
+    names = [f"{edges[b]}–{edges[b + 1]}\nn={(which == b).sum()}" for b in bins]
+    axis.set_xticks(range(len(bins)), names)
+    axis.set_xlabel(f"tokens between the definition and the answer (k = {topk})")
+    axis.set_ylabel("answered exactly (%)")
+    axis.set_title("Looking a definition up, by distance (bars: ± one standard error)")
+    axis.legend()
+    save(figure, path)
+
+
+def heatmap(wanted: np.ndarray, offered: np.ndarray, layer: int, path: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4), sharey=True)
+    first = wanted.shape[1] - wanted.shape[0]
+    titles = (
+        f"what attention wanted (layer {layer}, mean of heads)",
+        "what the indexer offers (softmax of its scores)",
+    )
+    for axis, values, title in zip(axes, (wanted, offered), titles, strict=True):
+        values = np.log10(np.maximum(values.astype(np.float32), 1e-5))
+        image = axis.imshow(
+            values, aspect="auto", cmap="magma", vmin=-5, vmax=-1, extent=(0, wanted.shape[1], wanted.shape[1], first)
+        )
+        axis.set_title(title)
+        axis.set_xlabel("key position")
+        axis.grid(False)
+    axes[0].set_ylabel("query position")
+    figure.colorbar(image, ax=axes, label="log10 of the probability", fraction=0.03)
+    save(figure, path)
+
+
+def cost_by_position(cost: dict, topk: int, path: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
+    for axis, kind in zip(axes, ("decode", "prefill"), strict=True):
+        table = pd.DataFrame(cost[kind])
+        axis.plot(
+            table["position"], table["dense"], color=COLORS["dense"], marker="o", label="dense, the faster of two"
+        )
+        for k, style in zip(cost["topk"], ("-", "--", ":"), strict=False):
+            if f"dsa_{k}" in table:
+                axis.plot(
+                    table["position"], table[f"dsa_{k}"], style, color=COLORS["dsa"], marker="o", label=f"DSA, k = {k}"
+                )
+        if f"indexer_{topk}" in table:
+            axis.plot(
+                table["position"],
+                table[f"indexer_{topk}"],
+                color=COLORS["warmup"],
+                marker=".",
+                label="of it: scores and top-k",
+            )
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xlabel("position (tokens)")
+        axis.set_ylabel("ms per token and layer")
+        axis.set_title("decode" if kind == "decode" else "prefill, a block of queries")
+        axis.legend()
+    save(figure, path)

@@ -1,0 +1,205 @@
+"""Stage `report`: all numbers and figures on one page, reports/report.md and a self-contained report.html.
+
+Every number comes from a file under reports/ or data/evaluate/; the template only formats.
+"""
+
+import base64
+import json
+import platform
+import re
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import markdown_it
+import numpy as np
+import pandas as pd
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from stages import figures, params
+from stages.common import device_name, write_json
+
+REPORTS = Path("reports")
+FIGURES = REPORTS / "figures"
+TRAINED = ("dense", "dsa", "window_trained")
+UNTRAINED = ("base", "oracle", "warmup", "sink_window", "window", "random")
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "dvc", "trl")
+
+
+def read(path: str) -> dict:
+    return json.loads((REPORTS / path).read_text(encoding="utf-8"))
+
+
+def mean_with_error(values: np.ndarray, rows: np.ndarray) -> tuple[float, float]:
+    """Mean of per-token values and its standard error with rows, not tokens, as the independent units."""
+    frame = pd.DataFrame({"row": rows, "value": values}).groupby("row")["value"].agg(["sum", "count"])
+    mean = frame["sum"].sum() / frame["count"].sum()
+    residual = frame["sum"] - mean * frame["count"]
+    n = len(frame)
+    return float(mean), float(np.sqrt(n / max(1, n - 1) * (residual**2).sum()) / frame["count"].sum())
+
+
+class Predictions:
+    """All arms' per-token predictions on the same held-out rows."""
+
+    def __init__(self, groups: tuple[str, ...]):
+        self.arrays: dict[str, np.ndarray] = {}
+        for group in groups:
+            with np.load(f"data/evaluate/{group}.npz") as file:
+                self.arrays |= {name: file[name] for name in file.files}
+        lengths = self.arrays["lengths"]
+        self.rows = np.repeat(np.arange(len(lengths)), lengths)
+        self.positions = np.concatenate([np.arange(1, n + 1) for n in lengths])
+        self.answers = self.arrays["answers"]
+
+    def nll(self, arm: str) -> np.ndarray:
+        return self.arrays[f"nll_{arm}"]
+
+    def gap(self, arm: str, reference: str, answers: bool = True) -> tuple[float, float]:
+        """Loss of an arm minus that of the reference on the same tokens, with standard error."""
+        which = self.answers if answers else np.ones_like(self.answers)
+        return mean_with_error((self.nll(arm) - self.nll(reference))[which], self.rows[which])
+
+    def agreement(self, arm: str, reference: str) -> float:
+        """Share of answer tokens whose likeliest token is the same."""
+        same = self.arrays[f"argmax_{arm}"] == self.arrays[f"argmax_{reference}"]
+        return float(same[self.answers].mean())
+
+
+def compare(predictions: Predictions, arms: dict, names: tuple[str, ...], reference: str) -> list[dict]:
+    """The rows of a table: each arm against the reference on the same weights or the same budget."""
+    table = []
+    for arm in names:
+        gap, error = predictions.gap(arm, reference)
+        gap_all, error_all = predictions.gap(arm, reference, answers=False)
+        right = predictions.arrays[f"right_{arm}"].astype(float)
+        difference = right - predictions.arrays[f"right_{reference}"].astype(float)
+        table.append(
+            {
+                "arm": arm,
+                **arms[arm],
+                "gap": gap,
+                "gap_se": error,
+                "gap_all": gap_all,
+                "gap_all_se": error_all,
+                "retrieval_gap": float(difference.mean()),
+                "retrieval_gap_se": float(difference.std(ddof=1) / np.sqrt(len(difference)))
+                if len(difference) > 1
+                else 0.0,
+                "agreement": predictions.agreement(arm, reference),
+            }
+        )
+    return table
+
+
+def git_commit() -> str:
+    try:
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def stages_table(train: dict, evaluations: dict, others: dict) -> list[dict]:
+    """Wall time, memory and speed of each stage, from its own metrics."""
+    rows = [{"stage": name, **m["run"]} for name, m in others.items()]
+    rows += [
+        {"stage": n, **m["run"], "tokens_per_second": m["tokens_per_second"], "tokens": m["tokens"]}
+        for n, m in train.items()
+    ]
+    rows += [{"stage": f"evaluate@{name}", **m["run"]} for name, m in evaluations.items()]
+    return rows
+
+
+def draw(p: params.Params, predictions: Predictions, tables: dict, selections: dict, curves: dict, cost: dict) -> None:
+    arms = {arm: predictions.nll(arm) for arm in TRAINED}
+    rows = {row["arm"]: row for row in tables["trained"]}
+    figures.loss_by_position(arms, predictions.positions, predictions.rows, p.topk, FIGURES / "loss_by_position.png")
+    sweep = pd.DataFrame(tables["sweep"])
+    figures.quality_by_topk(sweep, rows["dense"], rows["window_trained"], p.topk, FIGURES / "quality_by_topk.png")
+    figures.mass_by_layer(selections, p.topk, FIGURES / "mass_by_layer.png")
+    figures.training_curves(curves, FIGURES / "training_curves.png")
+    right = {arm: predictions.arrays[f"right_{arm}"] for arm in TRAINED}
+    distance = predictions.arrays["lookup_distance"]
+    figures.retrieval_by_distance(distance, right, p.topk, FIGURES / "retrieval_by_distance.png")
+    maps = (predictions.arrays["heatmap_wanted"], predictions.arrays["heatmap_offered"])
+    figures.heatmap(*maps, int(predictions.arrays["heatmap_layer"]), FIGURES / "heatmap.png")
+    figures.cost_by_position(cost, p.topk, FIGURES / "cost_by_position.png")
+
+
+def to_html(markdown: str) -> str:
+    """One file: the rendered text, with every figure inside."""
+    body = markdown_it.MarkdownIt("commonmark").enable("table").render(markdown)
+
+    def inline(match: re.Match) -> str:
+        data = base64.b64encode((REPORTS / match[1]).read_bytes()).decode()
+        return f'src="data:image/png;base64,{data}"'
+
+    body = re.sub(r'src="(figures/[^"]+)"', inline, body)
+    style = (
+        "body{font:16px/1.55 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"
+        "img{max-width:100%}table{border-collapse:collapse;font-size:.92em}th,td{padding:.25rem .7rem;border-bottom:1px solid #ddd;"
+        "text-align:left}pre{background:#f6f6f6;padding:.7rem;overflow-x:auto;white-space:pre-wrap}code{background:#f6f6f6}"
+    )
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>DSA report</title><style>{style}</style>'
+    return f"{head}<body>{body}</body></html>\n"
+
+
+def main() -> None:
+    p = params.load("report")
+    evaluations = {name: read(f"evaluate/{name}.json") for name in ("dense", "warmup", "dsa", "window")}
+    train = {name: read(f"train/{name}.json") for name in ("dense", "warmup", "sparse", "window")}
+    data = {name: read(f"data/{name}.json") for name in ("download", "filter")}
+    cost = read("benchmark/cost.json")
+    base = json.loads(Path("data/base/pretrain.json").read_text())
+    curves = {name: pd.read_csv(REPORTS / f"train/{name}.csv") for name in train}
+    predictions = Predictions(("dense", "warmup", "dsa", "window"))
+    arms = {arm: numbers for e in evaluations.values() for arm, numbers in e["arms"].items()}
+    sweep = []
+    for k, numbers in evaluations["dsa"]["topk_sweep"].items():
+        arm = "dsa" if int(k) == p.topk else f"k{k}"
+        gap, error = predictions.gap(arm, "dense")
+        sweep.append({"topk": int(k), **numbers, "gap": gap, "gap_se": error})
+    tables = {
+        "trained": compare(predictions, arms, TRAINED, "dense"),
+        "untrained": compare(predictions, arms, UNTRAINED, "base"),
+        "sweep": sweep,
+    }
+    selections = {"warmup": evaluations["warmup"]["selection"], "dsa": evaluations["dsa"]["selection"]}
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    draw(p, predictions, tables, selections, curves, cost)
+    rows = {row["arm"]: row for table in ("trained", "untrained") for row in tables[table]}
+    summary = {
+        "loss": {arm: round(rows[arm]["loss"], 4) for arm in rows},
+        "gap": {arm: round(rows[arm]["gap"], 4) for arm in rows},
+        "retrieval": {arm: round(rows[arm]["retrieval"], 4) for arm in rows},
+    }
+    context = {
+        "p": p,
+        "params": yaml.safe_dump(yaml.safe_load(Path("params.yaml").read_text()), sort_keys=False).strip(),
+        "rows": rows,
+        **tables,
+        "train": train,
+        "data": data,
+        "base": base,
+        "cost": cost,
+        "selections": selections,
+        "generations": list(zip(evaluations["dense"]["generations"], evaluations["dsa"]["generations"], strict=True)),
+        "stages": stages_table(train, evaluations, data | {"benchmark": cost}),
+        "oracle_gap": predictions.gap("dsa_oracle", "dense"),
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "device": device_name(),
+        "commit": git_commit(),
+    }
+    environment = Environment(
+        loader=FileSystemLoader("stages"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    markdown = environment.get_template("report.md.jinja").render(context)
+    (REPORTS / "report.md").write_text(markdown, encoding="utf-8")
+    (REPORTS / "report.html").write_text(to_html(markdown), encoding="utf-8")
+    write_json(REPORTS / "summary.json", summary)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Stage `sparse`: sparse training. Attention runs over the selected keys; the backbone learns by the language-model
+loss, the indexer by its KL over the selected keys, from detached inputs."""
+
+from pathlib import Path
+
+from dsa import Qwen2DSAForCausalLM
+from dsa.training import freeze
+from stages import params
+from stages.training import train
+
+
+def main() -> None:
+    p = params.load("sparse")
+    warm = Path("models/warmup")
+    model = Qwen2DSAForCausalLM.from_pretrained(warm, dtype="float32", attention_mode="sparse", index_topk=p.topk)
+    freeze(model, backbone=False, indexer=False)
+    train(
+        "sparse",
+        model,
+        p.sparse,
+        seed=p.seed,
+        max_length=p.data.max_length,
+        inputs=[warm],
+        out=Path("models/dsa"),
+        indexer_learning_rate=p.sparse.indexer_learning_rate,
+    )
+
+
+if __name__ == "__main__":
+    main()

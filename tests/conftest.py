@@ -1,0 +1,44 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture
+def dense_model() -> Qwen2ForCausalLM:
+    """A small random Qwen2 with grouped queries and weights large enough for attention to have opinions."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=16,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+    )
+    return Qwen2ForCausalLM(config).eval()
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(2, 97, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+def error_ratio(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Root-mean-square error relative to the expected tensor's."""
+    actual, expected = actual.double(), expected.double()
+    return ((actual - expected).norm() / expected.norm().clamp(min=1e-12)).item()
