@@ -114,7 +114,7 @@ def attention_mass(model: Qwen2DSAForCausalLM, ids: torch.Tensor, topk: int) -> 
 
 
 class Heatmap:
-    """Observer: what one layer's attention wanted (p) and what its indexer offers (softmax of the scores), last rows."""
+    """Observer: what a layer's attention wanted (p) and its indexer offers (softmax of the scores), last queries."""
 
     def __init__(self, layer_idx: int, queries: int):
         self.layer_idx, self.queries = layer_idx, queries

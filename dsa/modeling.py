@@ -43,7 +43,7 @@ class AttentionObserver(Protocol):
 
 
 class IndexerLoss:
-    """Collects each layer's `indexer_kl`: over all visible keys in dense mode, over the selected ones in sparse mode."""
+    """Collects each layer's `indexer_kl`: over all visible keys in dense mode, the selected ones in sparse mode."""
 
     def __init__(self):
         self.kl: list[torch.Tensor] = []
@@ -100,7 +100,7 @@ class Qwen2DSAAttention(Qwen2Attention):
     @torch.no_grad()
     def select(self, index: Index | None, q: torch.Tensor, k: torch.Tensor, visible: Visibility) -> torch.Tensor:
         """The keys of each query: int32 [B, T, min(topk, S)], a slab of queries at a time."""
-        B, Hq, T, _ = q.shape
+        B, Hq = q.shape[:2]
         topk, selector = self.config.index_topk, self.config.selector
         chosen = []
         for slab in visible.slabs(B, max(Hq, self.config.index_n_heads)):

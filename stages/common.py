@@ -1,4 +1,4 @@
-"""What every stage needs: rows on disk, metrics with the cost of the run, and a scratch directory that survives a crash."""
+"""What every stage needs: rows on disk, metrics with the run's cost, a scratch directory that survives a crash."""
 
 import gzip
 import hashlib

@@ -1,4 +1,4 @@
-"""Stage `dense`: the baseline. Same rows, same order, same number of tokens, same code, with attention to every token."""
+"""Stage `dense`: the baseline. Same rows, order, number of tokens and code, with attention to every token."""
 
 from pathlib import Path
 

@@ -40,11 +40,6 @@ GROUPS = {
 PROMPT_TOKENS = 1800  # of a sample generation, from the end
 
 
-def configure(model: Qwen2DSAForCausalLM, changes: dict) -> None:
-    for name, value in changes.items():
-        setattr(model.config, name, value)
-
-
 def summarize(rows: list[dict], texts: list[dict], predictions: list[Predictions]) -> dict:
     """Held-out losses (nats a token) and the look-ups with their distance."""
     nll = torch.cat([p.nll for p in predictions])
@@ -117,10 +112,10 @@ def main(group: str) -> None:
         "answers": np.concatenate([np.array(r["labels"][1:]) != IGNORE for r in rows]),
     }
 
-    def run(arm: str) -> tuple[dict, list[dict]]:
+    def run(arm: str, count: int) -> tuple[dict, list[dict]]:
         start = time.monotonic()
-        predictions = [predict(model, row["input_ids"]) for row in tqdm(rows, desc=arm)]
-        summary, lookups = summarize(rows, texts, predictions)
+        predictions = [predict(model, row["input_ids"]) for row in tqdm(rows[:count], desc=arm)]
+        summary, lookups = summarize(rows[:count], texts[:count], predictions)
         summary["tokens_per_second"] = round(summary["tokens"] / (time.monotonic() - start))
         arrays[f"nll_{arm}"] = torch.cat([x.nll for x in predictions]).numpy()
         arrays[f"argmax_{arm}"] = torch.cat([x.argmax for x in predictions]).numpy().astype(np.int32)
@@ -128,11 +123,14 @@ def main(group: str) -> None:
 
     with measured(metrics), torch.no_grad():
         for arm, changes in arms.items():
-            configure(model, changes)
-            metrics["arms"][arm], lookups = run(arm)
+            for name, value in changes.items():
+                setattr(model.config, name, value)
+            trained = arm in ("dense", "dsa", "window_trained")
+            metrics["arms"][arm], lookups = run(arm, p.evaluate.rows if trained else p.evaluate.control_rows)
             arrays[f"right_{arm}"] = np.array([x["right"] for x in lookups])
-            arrays["lookup_distance"] = np.array([x["distance"] for x in lookups])
-            arrays["lookup_kind"] = np.array([x["kind"] for x in lookups])
+            if trained:
+                arrays["lookup_distance"] = np.array([x["distance"] for x in lookups])
+                arrays["lookup_kind"] = np.array([x["kind"] for x in lookups])
         if group in ("dense", "dsa"):
             metrics["generations"] = generate(model, tokenizer, rows, texts, p.evaluate.generations)
         if group in ("warmup", "dsa"):
@@ -141,7 +139,7 @@ def main(group: str) -> None:
             metrics["topk_sweep"] = {}
             for topk in sorted({*p.evaluate.topk_sweep, p.topk}):
                 model.config.index_topk = topk
-                summary = metrics["arms"]["dsa"] if topk == p.topk else run(f"k{topk}")[0]
+                summary = metrics["arms"]["dsa"] if topk == p.topk else run(f"k{topk}", p.evaluate.control_rows)[0]
                 metrics["topk_sweep"][str(topk)] = {
                     key: summary[key] for key in ("loss", "loss_all_tokens", "retrieval")
                 }

@@ -72,6 +72,7 @@ class SparseTraining(Training):
 
 class Evaluate(Section):
     rows: Positive  # held-out rows, the first so many
+    control_rows: Positive  # of them, for the arms that were not trained and for the sweep
     topk_sweep: list[Positive]  # k at inference, without retraining
     statistics_rows: Positive  # of them, for mass and recall
     generations: Annotated[int, Field(ge=0)]

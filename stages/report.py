@@ -58,13 +58,22 @@ class Predictions:
 
     def gap(self, arm: str, reference: str, answers: bool = True) -> tuple[float, float]:
         """Loss of an arm minus that of the reference on the same tokens, with standard error."""
-        which = self.answers if answers else np.ones_like(self.answers)
-        return mean_with_error((self.nll(arm) - self.nll(reference))[which], self.rows[which])
+        n = min(len(self.nll(arm)), len(self.nll(reference)))  # an arm may have run on the first rows only
+        which = self.answers[:n] if answers else np.ones(n, dtype=bool)
+        return mean_with_error((self.nll(arm)[:n] - self.nll(reference)[:n])[which], self.rows[:n][which])
+
+    def right(self, arm: str, reference: str) -> tuple[float, float]:
+        """Share of look-ups that the arm answers, minus the reference's on the same ones, with standard error."""
+        ours, theirs = self.arrays[f"right_{arm}"].astype(float), self.arrays[f"right_{reference}"].astype(float)
+        n = min(len(ours), len(theirs))
+        difference = ours[:n] - theirs[:n]
+        return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(n)) if n > 1 else 0.0
 
     def agreement(self, arm: str, reference: str) -> float:
         """Share of answer tokens whose likeliest token is the same."""
-        same = self.arrays[f"argmax_{arm}"] == self.arrays[f"argmax_{reference}"]
-        return float(same[self.answers].mean())
+        ours, theirs = self.arrays[f"argmax_{arm}"], self.arrays[f"argmax_{reference}"]
+        n = min(len(ours), len(theirs))
+        return float((ours[:n] == theirs[:n])[self.answers[:n]].mean())
 
 
 def compare(predictions: Predictions, arms: dict, names: tuple[str, ...], reference: str) -> list[dict]:
@@ -73,8 +82,7 @@ def compare(predictions: Predictions, arms: dict, names: tuple[str, ...], refere
     for arm in names:
         gap, error = predictions.gap(arm, reference)
         gap_all, error_all = predictions.gap(arm, reference, answers=False)
-        right = predictions.arrays[f"right_{arm}"].astype(float)
-        difference = right - predictions.arrays[f"right_{reference}"].astype(float)
+        retrieval_gap, retrieval_error = predictions.right(arm, reference)
         table.append(
             {
                 "arm": arm,
@@ -83,10 +91,8 @@ def compare(predictions: Predictions, arms: dict, names: tuple[str, ...], refere
                 "gap_se": error,
                 "gap_all": gap_all,
                 "gap_all_se": error_all,
-                "retrieval_gap": float(difference.mean()),
-                "retrieval_gap_se": float(difference.std(ddof=1) / np.sqrt(len(difference)))
-                if len(difference) > 1
-                else 0.0,
+                "retrieval_gap": retrieval_gap,
+                "retrieval_gap_se": retrieval_error,
                 "agreement": predictions.agreement(arm, reference),
             }
         )
@@ -137,11 +143,14 @@ def to_html(markdown: str) -> str:
         return f'src="data:image/png;base64,{data}"'
 
     body = re.sub(r'src="(figures/[^"]+)"', inline, body)
-    style = (
-        "body{font:16px/1.55 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"
-        "img{max-width:100%}table{border-collapse:collapse;font-size:.92em}th,td{padding:.25rem .7rem;border-bottom:1px solid #ddd;"
-        "text-align:left}pre{background:#f6f6f6;padding:.7rem;overflow-x:auto;white-space:pre-wrap}code{background:#f6f6f6}"
-    )
+    style = """
+        body { font: 16px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+        img { max-width: 100% }
+        table { border-collapse: collapse; font-size: .92em }
+        th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: left }
+        pre, code { background: #f6f6f6 }
+        pre { padding: .7rem; overflow-x: auto; white-space: pre-wrap }
+    """
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>DSA report</title><style>{style}</style>'
     return f"{head}<body>{body}</body></html>\n"
 

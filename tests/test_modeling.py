@@ -38,7 +38,10 @@ def test_sparse_mode_with_every_key_equals_dense(dense_model, ids, topk):
     expected = dense_model(ids, attention_mask=mask, labels=ids)
     got = model(ids, attention_mask=mask, labels=ids)
     assert error_ratio(got.logits[mask.bool()], expected.logits[mask.bool()]) < 1e-5
-    grads = [torch.autograd.grad(m.loss, x.parameters(), allow_unused=True)[0] for m, x in ((got, model), (expected, dense_model))]
+    grads = [
+        torch.autograd.grad(m.loss, x.parameters(), allow_unused=True)[0]
+        for m, x in ((got, model), (expected, dense_model))
+    ]
     assert error_ratio(*grads) < 1e-4
 
 
@@ -192,7 +195,9 @@ def test_the_oracle_beats_the_others_at_equal_k(dense_model, ids):
     """It keeps the most attention, so its output is nearest to dense."""
     expected = dense_model(ids).logits[:, 20:]
     errors = {
-        s: error_ratio(from_dense(dense_model, topk=12, n_heads=0, head_dim=8, selector=s)(ids).logits[:, 20:], expected)
+        s: error_ratio(
+            from_dense(dense_model, topk=12, n_heads=0, head_dim=8, selector=s)(ids).logits[:, 20:], expected
+        )
         for s in ("oracle", "window", "random")
     }
     assert errors["oracle"] < min(errors["window"], errors["random"])
@@ -200,6 +205,8 @@ def test_the_oracle_beats_the_others_at_equal_k(dense_model, ids):
 
 def test_full_size_geometry():
     """Qwen2.5-0.5B's indexers have the size that the design says: 290,432 parameters a layer."""
-    config = Qwen2Config(hidden_size=896, num_attention_heads=14, num_key_value_heads=2, num_hidden_layers=1, vocab_size=8)
+    config = Qwen2Config(
+        hidden_size=896, num_attention_heads=14, num_key_value_heads=2, num_hidden_layers=1, vocab_size=8
+    )
     model = from_dense(Qwen2ForCausalLM(config), topk=2048, n_heads=4, head_dim=64)
     assert sum(p.numel() for p in model.indexer_parameters()) == 290_432

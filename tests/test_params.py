@@ -1,0 +1,91 @@
+import ast
+import shutil
+
+import pytest
+import yaml
+
+from stages import params
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def root(tmp_path):
+    shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def change(path, **changes):
+    content = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(content | changes))
+
+
+@pytest.mark.parametrize("profile", sorted(p.stem for p in (ROOT / "profiles").glob("*.yaml")))
+def test_every_profile_is_valid(root, profile):
+    change(root / "params.yaml", profile=profile)
+    assert params.load(root=root).profile == profile
+
+
+@pytest.mark.parametrize(
+    "changes,key",
+    [
+        ({"topk": 0}, "topk"),
+        ({"topk": "many"}, "topk"),
+        ({"topk": 1.5}, "topk"),
+        ({"seed": -1}, "seed"),
+        ({"indexer": {"n_heads": 4, "head_dim": 64, "dim": 3}}, "indexer.dim"),
+        ({"indexer": {"n_heads": 0, "head_dim": 64}}, "indexer.n_heads"),
+        ({"indexer": {"n_heads": 4, "head_dim": 30}}, "indexer.head_dim"),
+        ({"tok": 3}, "tok"),
+        ({"profile": "gpu"}, "profile"),
+        ({"profile": None}, "profile"),
+        ({"dense": {}}, "dense"),
+    ],
+)
+def test_bad_params_end_with_one_line_that_names_the_key(root, changes, key):
+    change(root / "params.yaml", **changes)
+    with pytest.raises(SystemExit) as error:
+        params.load(root=root)
+    (line,) = str(error.value).splitlines()
+    assert key in line and ".yaml" in line
+
+
+def test_a_bad_profile_key_is_named(root):
+    change(root / "profiles/cpu.yaml", dense={"steps": 3, "batch_size": 1, "learning_rate": 0.1, "epochs": 2})
+    with pytest.raises(SystemExit, match=r"profiles/cpu.yaml: dense.epochs"):
+        params.load(root=root)
+
+
+def test_a_missing_key_and_broken_yaml_are_named(root):
+    (root / "params.yaml").write_text("profile: cpu\nseed: 0\n")
+    with pytest.raises(SystemExit, match=r"params.yaml|cpu.yaml: topk"):
+        params.load(root=root)
+    (root / "params.yaml").write_text("profile: [cpu\n")
+    with pytest.raises(SystemExit, match="not valid YAML"):
+        params.load(root=root)
+
+
+def test_a_stage_cannot_read_what_it_does_not_declare(root):
+    view = params.load("dense", root)
+    assert view.dense.steps > 0 and view.data.max_length > 0
+    for read in (lambda: view.topk, lambda: view.data.samples, lambda: view.indexer, lambda: view.sparse):
+        with pytest.raises(SystemExit, match=r"dvc.yaml: dense: reads the param"):
+            read()
+    assert params.load("evaluate@dsa", root).topk == params.load(root=root).topk
+    with pytest.raises(SystemExit, match="topk"):
+        _ = params.load("evaluate@dense", root).topk
+
+
+def test_every_stage_reads_its_params_through_its_own_declaration():
+    """Each stage module loads its params by its own name, so the check above holds for all of them."""
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    for name in stages:
+        tree = ast.parse((ROOT / f"stages/{name}.py").read_text())
+        loads = [
+            n
+            for n in ast.walk(tree)
+            if isinstance(n, ast.Call) and ast.unparse(n.func) in ("params.load", "params_module.load")
+        ]
+        assert len(loads) == 1, name
+        assert name in ast.unparse(loads[0].args[0]), name

@@ -1,0 +1,224 @@
+"""The graph that DVC sees, and the smoke profile from end to end in a clone of its own."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+BIN = Path(sys.executable).parent
+KNOB_FREE = {"pretrain", "model", "download", "filter", "dense", "warmup", "evaluate@dense"}
+
+
+def run(command, cwd, check=True, **env):
+    environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"} | env
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    if check and done.returncode:
+        raise AssertionError(f"{command}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    return done
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A fresh copy of the project's files in a repository without a git identity."""
+    target = tmp_path_factory.mktemp("clone") / "project"
+    files = run(["git", "ls-files", "-co", "--exclude-standard"], ROOT).stdout.splitlines()
+    for name in files:
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target / name)
+    run(["git", "init", "-q"], target)
+    run(["git", "add", "-A"], target)
+    run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "a"], target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def no_identity(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    return {"HOME": str(home), "GIT_CONFIG_NOSYSTEM": "1", "DSA_SCRATCH": str(home / "scratch")}
+
+
+def would_run(clone, *changes):
+    """The stages whose lock no longer fits after a change of params, by DVC's own word."""
+    run(["git", "checkout", "-q", "params.yaml", "profiles"], clone)
+    for file, edit in changes:
+        path = clone / file
+        content = yaml.safe_load(path.read_text())
+        edit(content)
+        path.write_text(yaml.safe_dump(content))
+    status = json.loads(run(["dvc", "status", "--json"], clone).stdout)
+    run(["git", "checkout", "-q", "params.yaml", "profiles"], clone)
+    return {
+        stage
+        for stage, reasons in status.items()
+        if any(
+            "changed deps" in r and any(p in str(r["changed deps"]) for p in ("params.yaml", "profiles/"))
+            for r in reasons
+            if isinstance(r, dict)
+        )
+    }
+
+
+def downstream(stages, changed):
+    """What runs again when `changed` do: everything that depends on their outputs."""
+    outs = {}
+    for name, stage in stages.items():
+        for key in ("outs", "metrics", "plots"):
+            for out in stage.get(key, []):
+                outs[next(iter(out)) if isinstance(out, dict) else out] = name
+    reached = set(changed)
+    while True:
+        more = {
+            name
+            for name, stage in stages.items()
+            for dep in stage.get("deps", [])
+            if any(owner in reached and (out == dep or out.startswith(dep + "/")) for out, owner in outs.items())
+        }
+        if more <= reached:
+            return reached
+        reached |= more
+
+
+def resolved(clone):
+    """dvc.yaml with its foreach stages spelled out."""
+    stages = {}
+    for name, stage in yaml.safe_load((clone / "dvc.yaml").read_text())["stages"].items():
+        if "foreach" not in stage:
+            stages[name] = stage
+            continue
+        for key, item in stage["foreach"].items():
+            text = json.dumps(stage["do"]).replace("${key}", key)
+            for field, value in item.items():
+                text = text.replace("${item." + field + "}", value)
+            stages[f"{name}@{key}"] = json.loads(text)
+    return stages
+
+
+def test_topk_reruns_what_uses_it_and_nothing_else(clone):
+    stages = resolved(clone)
+    changed = would_run(clone, ("params.yaml", lambda c: c.update(topk=1024)))
+    assert changed == {"sparse", "window", "evaluate@warmup", "evaluate@dsa", "evaluate@window", "benchmark", "report"}
+    assert not downstream(stages, changed) & KNOB_FREE
+
+
+def test_the_indexer_leaves_data_and_baseline_alone(clone):
+    changed = would_run(clone, ("params.yaml", lambda c: c["indexer"].update(n_heads=8)))
+    assert changed == {"warmup", "benchmark", "report"}
+    reached = downstream(resolved(clone), changed)
+    assert "sparse" in reached and not reached & {"dense", "window", "filter", "download", "evaluate@dense"}
+
+
+def test_a_profile_leaf_reruns_the_stage_that_reads_it(clone):
+    def steps(content):
+        content["sparse"]["steps"] += 1
+
+    assert would_run(clone, ("profiles/cpu.yaml", steps)) == {"sparse", "window", "report"}
+
+
+def test_the_committed_results_are_those_of_the_committed_params(clone):
+    assert would_run(clone) == set()
+    status = json.loads(run(["dvc", "status", "--json"], clone).stdout)
+    assert not [s for s, why in status.items() if "changed command" in str(why) or "new" in str(why)], status
+
+
+def test_commands_are_constant_and_dependencies_exist(clone):
+    for name, stage in resolved(clone).items():
+        assert "${" not in stage["cmd"], name
+        for dep in stage["deps"]:
+            made = dep.startswith(("models/", "data/", "reports/"))
+            assert made or (clone / dep).is_file(), f"{name}: {dep}"
+
+
+@pytest.mark.parametrize("change", ["topk=0", "seed=-1", "topk=many", "indexer.n_heads=0"])
+def test_a_bad_param_is_one_line_before_any_work(clone, no_identity, change):
+    done = run(["dvc", "exp", "run", "-S", change], clone, check=False, **no_identity)
+    assert done.returncode
+    key = change.split("=")[0]
+    assert sum(key in line and "params.yaml" in line for line in (done.stdout + done.stderr).splitlines()) == 1
+    run(["git", "checkout", "-q", "."], clone)
+
+
+def test_an_unknown_param_is_refused(clone, no_identity):
+    done = run(["dvc", "exp", "run", "-S", "top_k=3"], clone, check=False, **no_identity)
+    assert done.returncode and "top_k" in done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def smoke(clone, no_identity):
+    """The whole pipeline, killed hard once in the middle of sparse training."""
+    run(["git", "checkout", "-q", "."], clone)
+    params = yaml.safe_load((clone / "params.yaml").read_text())
+    (clone / "params.yaml").write_text(yaml.safe_dump(params | {"profile": "smoke"}))
+    shutil.rmtree(clone / "reports", ignore_errors=True)
+    (clone / "dvc.lock").unlink(missing_ok=True)
+    run(["dvc", "repro", "evaluate@dense", "warmup"], clone, **no_identity)
+    environment = os.environ | no_identity | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    first = subprocess.Popen(
+        ["accelerate", "launch", "-m", "stages.sparse"],
+        cwd=clone,
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    scratch = Path(no_identity["DSA_SCRATCH"])
+    deadline = time.monotonic() + 240
+    while not list(scratch.glob("sparse-*/checkpoint-1/trainer_state.json")):
+        assert time.monotonic() < deadline and first.poll() is None, "no checkpoint appeared"
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    run(["dvc", "repro"], clone, **no_identity)
+    return clone
+
+
+def test_smoke_runs_every_stage_and_writes_the_report(smoke):
+    report = (smoke / "reports/report.md").read_text()
+    assert "Profile `smoke`" in report and "{{" not in report
+    html = (smoke / "reports/report.html").read_text()
+    assert html.count("data:image/png;base64,") == report.count("](figures/") >= 6
+    assert 'src="figures' not in html
+    for name in ("report.md", "report.html", "summary.json"):
+        assert str(smoke) not in (smoke / "reports" / name).read_text()
+    assert set(json.loads((smoke / "reports/summary.json").read_text())["gap"]) >= {"dense", "dsa", "window_trained"}
+
+
+def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(smoke, no_identity):
+    def result():
+        metrics = json.loads((smoke / "reports/train/sparse.json").read_text())
+        return metrics["resumed_at_step"], metrics["last"], (smoke / "reports/train/sparse.csv").read_text()
+
+    resumed, last, curve = result()
+    assert resumed >= 1
+    assert not list(Path(no_identity["DSA_SCRATCH"]).glob("sparse-*"))  # a stage that ends deletes its scratch
+    weights = (smoke / "models/dsa/model.safetensors").read_bytes()
+    run(["dvc", "repro", "-f", "-s", "sparse"], smoke, **no_identity)
+    again, last_again, curve_again = result()
+    assert again == 0
+    assert last_again == last and curve_again == curve
+    assert (smoke / "models/dsa/model.safetensors").read_bytes() == weights
+
+
+def test_a_second_repro_runs_nothing(smoke, no_identity):
+    run(["dvc", "repro"], smoke, **no_identity)
+    out = run(["dvc", "repro"], smoke, **no_identity).stdout
+    assert "Running stage" not in out and "Data and pipelines are up to date" in out
+
+
+def test_exp_run_of_a_variant_runs_only_what_depends_on_it(smoke, no_identity):
+    run(["git", "add", "-A"], smoke)
+    run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "smoke"], smoke)
+    done = run(["dvc", "exp", "run", "-S", "topk=1024"], smoke, **no_identity)
+    ran = {line.split("'")[1] for line in done.stdout.splitlines() if line.startswith("Running stage")}
+    assert ran == {"sparse", "window", "evaluate@warmup", "evaluate@dsa", "evaluate@window", "benchmark", "report"}
+    shown = json.loads(run(["dvc", "metrics", "show", "--json"], smoke).stdout)
+    assert "reports/summary.json" in shown[""]["data"]

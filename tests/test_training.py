@@ -1,0 +1,126 @@
+"""What is frozen, which loss, and that nothing depends on how a batch is cut."""
+
+import copy
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from dsa import from_dense
+from dsa.data import IGNORE, Collator
+from dsa.training import DSATrainer, Rows, freeze
+
+
+def examples(count=8):
+    g = torch.Generator().manual_seed(0)
+    rows = []
+    for i in range(count):
+        length = 20 + 3 * i  # padding differs from row to row
+        ids = torch.randint(2, 97, (length,), generator=g).tolist()
+        rows.append({"input_ids": ids, "labels": [IGNORE] * (5 + i) + ids[5 + i :]})
+    return rows
+
+
+def train(model, tmp_path, micro=4, accumulate=1, steps=2, callbacks=(), **kwargs):
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulate,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        use_cpu=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        report_to="none",
+        disable_tqdm=True,
+        seed=3,
+    )
+    trainer = DSATrainer(
+        model, arguments, train_dataset=Rows(examples()), data_collator=Collator(0), callbacks=list(callbacks), **kwargs
+    )
+    trainer.train()
+    return trainer
+
+
+def model_for(dense_model, stage):
+    if stage == "dense":
+        return from_dense(dense_model, topk=1, n_heads=0, head_dim=8, attention_mode="dense")
+    if stage == "window":
+        return from_dense(dense_model, topk=6, n_heads=0, head_dim=8, selector="window")
+    model = from_dense(
+        dense_model, topk=6, n_heads=4, head_dim=8, attention_mode="dense" if stage == "warmup" else "sparse"
+    )
+    freeze(model, backbone=stage == "warmup", indexer=False)
+    return model
+
+
+@pytest.mark.parametrize("stage", ["dense", "warmup", "sparse", "window"])
+def test_each_stage_trains_its_part_and_nothing_else(dense_model, tmp_path, stage):
+    model = model_for(dense_model, stage)
+    before = copy.deepcopy(model.state_dict())
+    trainer = train(model, tmp_path)
+    for name, value in model.state_dict().items():
+        trained = (".indexer." in name) if stage == "warmup" else True
+        assert torch.equal(value, before[name]) is not trained, name
+    (first, *_) = (log for log in trainer.state.log_history if "loss" in log)
+    assert ("lm_loss" in first) is (stage != "warmup")
+    assert ("kl" in first) is (stage in ("warmup", "sparse"))
+
+
+def test_bug_18_warmup_keeps_no_optimizer_state_of_the_backbone(dense_model, tmp_path):
+    model = model_for(dense_model, "warmup")
+    trainer = train(model, tmp_path)
+    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.indexer_parameters()}
+    assert {id(p) for p in trainer.optimizer.state} == held
+
+
+def test_sparse_has_separate_groups_and_learning_rates(dense_model, tmp_path):
+    model = model_for(dense_model, "sparse")
+    trainer = train(model, tmp_path, indexer_learning_rate=5e-2)
+    groups = trainer.optimizer.param_groups
+    indexer = {id(p) for p in model.indexer_parameters()}
+    (own,) = [g for g in groups if {id(p) for p in g["params"]} & indexer]
+    assert {id(p) for p in own["params"]} == indexer and own["weight_decay"] == 0
+    assert own["initial_lr"] == 5e-2 and all(g["initial_lr"] == 1e-2 for g in groups if g is not own)
+
+
+def test_the_two_gradients_are_clipped_apart(dense_model, tmp_path):
+    model = model_for(dense_model, "sparse")
+    trainer = train(model, tmp_path, steps=1)
+    for parameters, scale in ((model.backbone_parameters(), 1e3), (model.indexer_parameters(), 1e-3)):
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, scale / sum(p.numel() for p in parameters) ** 0.5)
+    trainer._clip_grad_norm(model)
+
+    def norm(parameters):
+        return torch.stack([p.grad.norm() for p in parameters]).norm().item()
+
+    assert norm(model.backbone_parameters()) == pytest.approx(1.0, rel=1e-3)
+    assert norm(model.indexer_parameters()) == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", ["dense", "warmup", "sparse"])
+def test_bug_4_losses_and_steps_do_not_depend_on_how_the_batch_is_cut(dense_model, tmp_path, stage):
+    runs = []
+    for micro, accumulate in ((4, 1), (2, 2), (1, 4)):
+        model = model_for(dense_model, stage)
+        trainer = train(model, tmp_path, micro, accumulate, steps=2)
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        runs.append((logs, model.state_dict()))
+    for logs, state in runs[1:]:
+        for log, reference in zip(logs, runs[0][0], strict=True):
+            for key in reference:
+                if key == "loss" or "kl" in key or "lm_loss" in key:
+                    assert log[key] == pytest.approx(reference[key], rel=1e-4), key
+        for name, value in state.items():
+            torch.testing.assert_close(value, runs[0][1][name], rtol=1e-2, atol=2e-4, msg=name)
+
+
+def test_bug_3_without_indexer_training_no_indexer_gradient_exists(dense_model, ids):
+    model = model_for(dense_model, "sparse")
+    freeze(model, backbone=False, indexer=True)
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad is None for p in model.indexer_parameters())
