@@ -15,7 +15,7 @@ class Qwen2DSAConfig(Qwen2Config):
     index_topk (`int`): keys that each query attends to in sparse mode.
     index_n_heads (`int`): heads of the lightning indexer; 0 leaves the indexer out (dense baseline, control arms).
     index_head_dim (`int`): size of an indexer head.
-    index_rope_dim (`int`, *optional*): leading dims of each index query and key that RoPE turns, half of the head by default.
+    index_rope_dim (`int`, *optional*): leading dims of an index query and key that RoPE turns, by default half.
     attention_mode (`str`): "dense" attends to every earlier token, "sparse" to the selected ones.
     selector (`str`): what scores the keys in sparse mode. "indexer" is DSA; the others are controls on the same code
         path: "oracle" (the attention itself, averaged over the heads), "window" (the latest keys), "sink_window" (the

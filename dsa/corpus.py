@@ -85,7 +85,7 @@ def separate(files: list[SourceFile], test_fraction: float) -> tuple[list[Source
     return train, test, len(held_out) - len(test)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=None)
 def definitions(text: str) -> list[tuple[int, str, str, str]]:
     """Checkable facts of a Python file: (last line, kind, question, answer); every answer stands in the file.
 

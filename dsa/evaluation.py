@@ -101,7 +101,7 @@ class SelectionStatistics:
 
 @torch.no_grad()
 def attention_mass(model: Qwen2DSAForCausalLM, ids: torch.Tensor, topk: int) -> dict[str, list[float]]:
-    """`SelectionStatistics` of ids [B, L] under dense attention: {"mass", "oracle_mass", "recall"}, a number a layer."""
+    """`SelectionStatistics` of ids [B, L] under dense attention: each of its names with a number a layer."""
     statistics, mode, training = SelectionStatistics(topk), model.config.attention_mode, model.training
     model.config.attention_mode = "dense"
     model.eval()

@@ -58,12 +58,12 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 class Blocks(Dataset):
     """One optimiser step an item: `batch_tokens` token ids in rows of the phase's length.
 
-    A row is plain text, or (`lookup_share`) a look-up conversation filled up with text.
+    A row is text from a random place, or (`lookup_share`) a look-up conversation filled up with such text.
     """
 
     def __init__(self, text: torch.Tensor, lookups: list[list[torch.Tensor]], cfg: Pretrain, seed: int):
         rng = random.Random(seed)
-        self.steps, at = [], 0
+        self.steps = []
         for phase, conversations in zip(cfg.phases, lookups, strict=True):
             for _ in range(phase.steps):
                 rows = []
@@ -71,11 +71,8 @@ class Blocks(Dataset):
                     head = text[:0]
                     if conversations and rng.random() < phase.lookup_share:
                         head = conversations.pop()
-                    need = phase.length - len(head)
-                    if at + need > len(text):
-                        at = 0
-                    rows.append(torch.cat([head, text[at : at + need]]))
-                    at += need
+                    at = rng.randrange(len(text) - phase.length)
+                    rows.append(torch.cat([head, text[at : at + phase.length - len(head)]]))
                 self.steps.append(torch.stack(rows))
 
     def __len__(self) -> int:
@@ -93,6 +90,28 @@ def lookup_tokens(tokenizer, files: list[SourceFile], phase: Phase, cfg: Pretrai
     rendered = [render(tokenizer, messages_of(row)) for row in rows]
     encoded = encode(tokenizer, rendered) if rendered else []
     return [torch.tensor(e["input_ids"]) for e in encoded if len(e["input_ids"]) <= phase.length]
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon for the layers' matrices, AdamW for embeddings and vectors, behind one optimizer's face.
+
+    With the same tokens it is well ahead of AdamW alone on a model of this size.
+    """
+
+    def __init__(self, model: Qwen2ForCausalLM, learning_rate: float):
+        named = list(model.named_parameters())
+        matrices = [p for name, p in named if p.ndim == 2 and "embed_tokens" not in name]
+        others = [p for name, p in named if not (p.ndim == 2 and "embed_tokens" not in name)]
+        self.parts = (
+            torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=learning_rate / 2, betas=(0.9, 0.95), weight_decay=0.0),
+        )
+        super().__init__([{"params": matrices}, {"params": others}], {"lr": learning_rate})
+        self.param_groups = [group for part in self.parts for group in part.param_groups]  # a scheduler reaches both
+
+    def step(self, closure=None):
+        for part in self.parts:
+            part.step()
 
 
 def collate(items: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -142,15 +161,12 @@ def main() -> None:
         learning_rate=cfg.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.02},
-        warmup_steps=100,
-        weight_decay=0.1,
-        adam_beta2=0.95,
+        warmup_steps=50,
         max_grad_norm=1.0,
         use_cpu=not torch.cuda.is_available(),
         bf16=True,
         logging_steps=20,
-        save_steps=200,
-        save_total_limit=1,
+        save_strategy="no",
         report_to="none",
         dataloader_pin_memory=False,
     )
@@ -159,8 +175,14 @@ def main() -> None:
         def _get_train_sampler(self, *_):
             return torch.utils.data.SequentialSampler(blocks)
 
-    trainer = InOrder(model=model, args=arguments, train_dataset=blocks, data_collator=collate)
-    trainer.train(resume_from_checkpoint=any(Path("scratch/pretrain").glob("checkpoint-*")))
+    trainer = InOrder(
+        model,
+        arguments,
+        train_dataset=blocks,
+        data_collator=collate,
+        optimizers=(MuonWithAdamW(model, cfg.learning_rate), None),
+    )
+    trainer.train()
     model.eval()
 
     rows = held_out[: len(held_out) // longest * longest].view(-1, longest)[:64]

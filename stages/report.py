@@ -144,7 +144,7 @@ def to_html(markdown: str) -> str:
 
     body = re.sub(r'src="(figures/[^"]+)"', inline, body)
     style = """
-        body { font: 16px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+        body { font: 16px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
         img { max-width: 100% }
         table { border-collapse: collapse; font-size: .92em }
         th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: left }

@@ -34,6 +34,13 @@ def micro_batch(batch_size: int) -> int:
     return wanted
 
 
+def use_all_cores() -> None:
+    """Share this machine's cores among its processes: `accelerate launch` leaves each with a single thread."""
+    if not torch.cuda.is_available():
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
 def last_checkpoint(folder: Path) -> str | None:
     """The newest complete checkpoint; one that a kill cut short is deleted."""
     complete = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "model.safetensors")
@@ -65,6 +72,7 @@ def train(
     A run that was killed goes on from its last checkpoint.
     """
     metrics: dict = {}
+    use_all_cores()
     settings = section.model_dump() | {"seed": seed, "max_length": max_length, "model": model.config.to_dict()}
     folder = scratch(stage, settings, [LONG, *inputs])
     with measured(metrics):
