@@ -16,7 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from dsa.data import split_of
@@ -85,7 +85,7 @@ def separate(files: list[SourceFile], test_fraction: float) -> tuple[list[Source
     return train, test, len(held_out) - len(test)
 
 
-@lru_cache(maxsize=None)
+@cache
 def definitions(text: str) -> list[tuple[int, str, str, str]]:
     """Checkable facts of a Python file: (last line, kind, question, answer); every answer stands in the file.
 

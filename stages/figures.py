@@ -164,7 +164,7 @@ def training_curves(curves: dict[str, pd.DataFrame], path: Path) -> None:
 
 def retrieval_by_distance(distance: np.ndarray, right: dict[str, np.ndarray], topk: int, path: Path) -> None:
     edges = np.array([0, 128, 256, 512, 768, 1024, 1536, 2048, 1 << 20])
-    edges = edges[: np.searchsorted(edges, distance.max(), side="right") + 1]
+    edges = edges[: np.searchsorted(edges, distance.max(initial=1), side="right") + 1]
     figure, axis = plt.subplots(figsize=(7.5, 4))
     which = np.digitize(distance, edges) - 1
     bins = [b for b in range(len(edges) - 1) if (which == b).sum() >= 8]

@@ -66,6 +66,8 @@ class Predictions:
         """Share of look-ups that the arm answers, minus the reference's on the same ones, with standard error."""
         ours, theirs = self.arrays[f"right_{arm}"].astype(float), self.arrays[f"right_{reference}"].astype(float)
         n = min(len(ours), len(theirs))
+        if n == 0:
+            return 0.0, 0.0
         difference = ours[:n] - theirs[:n]
         return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(n)) if n > 1 else 0.0
 
