@@ -44,28 +44,36 @@ def answer_spans(labels: list[int]) -> list[tuple[int, int]]:
     return spans
 
 
-def evidence_distance(ids: list[int], span: tuple[int, int]) -> int | None:
-    """Tokens between an answer and the nearest earlier place where the same tokens stand; None where they do not.
+def evidence_distance(pieces: list[str], span: tuple[int, int]) -> int | None:
+    """Tokens between an answer and the nearest earlier place where the same text stands; None where it does not.
 
-    The end-of-turn token is no part of what is looked for, nor is the first token, which may carry the line's indent.
-    """
-    start, end = span[0] + 1, span[1] - 1
-    wanted = ids[start:end]
-    if not wanted:
-        return None
-    for at in range(span[0] - len(wanted), -1, -1):
-        if ids[at : at + len(wanted)] == wanted:
-            return start - at
-    return None
-
-
-def exact_match(predictions: Predictions, ids: list[int], span: tuple[int, int]) -> bool:
-    """Whether greedy decoding from the true prompt would give the whole answer, its end of turn included.
-
-    Teacher forcing decides that exactly: greedy decoding follows the true answer as long as every argmax is right.
+    Args:
+        pieces: the text of each token of the row. Texts are compared, not ids: the same line is cut into other tokens
+            where it is indented or ends in a line break.
+        span: [start, end) of the answer, the last token its end of turn.
     """
     start, end = span
-    return predictions.argmax[start - 1 : end - 1].tolist() == ids[start:end]
+    wanted = "".join(pieces[start : end - 1]).strip()
+    before = "".join(pieces[:start])
+    at = before.rfind(wanted) if wanted else -1
+    if at < 0:
+        return None
+    left = before[:at]
+    position = length = 0
+    while length + len(pieces[position]) <= len(left):
+        length += len(pieces[position])
+        position += 1
+    return start - position
+
+
+def correct(predictions: Predictions, ids: list[int], span: tuple[int, int]) -> torch.Tensor:
+    """Which tokens of an answer, its end of turn included, are the model's first choice: bool [end - start].
+
+    If all are, greedy decoding from the true prompt gives the whole answer: it follows the true answer as long as every
+    argmax is right, so teacher forcing decides the exact match exactly.
+    """
+    start, end = span
+    return predictions.argmax[start - 1 : end - 1] == torch.tensor(ids[start:end])
 
 
 class SelectionStatistics:

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from dsa import Qwen2DSAForCausalLM
 from dsa.data import IGNORE
-from dsa.evaluation import Heatmap, Predictions, answer_spans, attention_mass, evidence_distance, exact_match, predict
+from dsa.evaluation import Heatmap, Predictions, answer_spans, attention_mass, correct, evidence_distance, predict
 from stages import params
 from stages.common import measured, read_rows, write_json
 from stages.training import examples
@@ -40,21 +40,23 @@ GROUPS = {
 PROMPT_TOKENS = 1800  # of a sample generation, from the end
 
 
-def summarize(rows: list[dict], texts: list[dict], predictions: list[Predictions]) -> dict:
-    """Held-out losses (nats a token) and the look-ups with their distance."""
+def summarize(tokenizer, rows: list[dict], texts: list[dict], predictions: list[Predictions]) -> tuple[dict, list]:
+    """Held-out losses (nats a token), and each look-up with its distance and how much of it is right."""
     nll = torch.cat([p.nll for p in predictions])
     answers = torch.cat([torch.tensor(r["labels"][1:]) != IGNORE for r in rows])
     lookups = []
     for row, text, prediction in zip(rows, texts, predictions, strict=True):
         if text["type_keyword"][0] != "lookup":
             continue
-        spans = answer_spans(row["labels"])
-        for kind, span in zip(text["type_keyword"][1:], spans, strict=False):
-            whole = span[1] < len(row["input_ids"])  # an answer that the length limit cut cannot be checked
-            distance = evidence_distance(row["input_ids"], span)
+        ids = row["input_ids"]
+        pieces = tokenizer.batch_decode([[i] for i in ids])
+        for kind, span in zip(text["type_keyword"][1:], answer_spans(row["labels"]), strict=False):
+            distance = evidence_distance(pieces, span)
+            whole = ids[span[1] - 1] == tokenizer.eos_token_id  # the length limit may have cut the last answer
             if whole and distance is not None:
-                right = exact_match(prediction, row["input_ids"], span)
-                lookups.append({"kind": kind, "distance": distance, "right": right})
+                right = correct(prediction, ids, span)
+                share = right.float().mean().item()
+                lookups.append({"kind": kind, "distance": distance, "right": bool(right.all()), "tokens": share})
     return {
         "loss": round(nll[answers].mean().item(), 5),
         "loss_all_tokens": round(nll.mean().item(), 5),
@@ -63,6 +65,7 @@ def summarize(rows: list[dict], texts: list[dict], predictions: list[Predictions
         "rows": len(rows),
         "lookups": len(lookups),
         "retrieval": round(sum(x["right"] for x in lookups) / max(1, len(lookups)), 5),
+        "retrieval_tokens": round(sum(x["tokens"] for x in lookups) / max(1, len(lookups)), 5),
     }, lookups
 
 
@@ -115,7 +118,7 @@ def main(group: str) -> None:
     def run(arm: str, count: int) -> tuple[dict, list[dict]]:
         start = time.monotonic()
         predictions = [predict(model, row["input_ids"]) for row in tqdm(rows[:count], desc=arm)]
-        summary, lookups = summarize(rows[:count], texts[:count], predictions)
+        summary, lookups = summarize(tokenizer, rows[:count], texts[:count], predictions)
         summary["tokens_per_second"] = round(summary["tokens"] / (time.monotonic() - start))
         arrays[f"nll_{arm}"] = torch.cat([x.nll for x in predictions]).numpy()
         arrays[f"argmax_{arm}"] = torch.cat([x.argmax for x in predictions]).numpy().astype(np.int32)
@@ -128,6 +131,7 @@ def main(group: str) -> None:
             trained = arm in ("dense", "dsa", "window_trained")
             metrics["arms"][arm], lookups = run(arm, p.evaluate.rows if trained else p.evaluate.control_rows)
             arrays[f"right_{arm}"] = np.array([x["right"] for x in lookups])
+            arrays[f"share_{arm}"] = np.array([x["tokens"] for x in lookups])
             if trained:
                 arrays["lookup_distance"] = np.array([x["distance"] for x in lookups])
                 arrays["lookup_kind"] = np.array([x["kind"] for x in lookups])
@@ -141,7 +145,7 @@ def main(group: str) -> None:
                 model.config.index_topk = topk
                 summary = metrics["arms"]["dsa"] if topk == p.topk else run(f"k{topk}", p.evaluate.control_rows)[0]
                 metrics["topk_sweep"][str(topk)] = {
-                    key: summary[key] for key in ("loss", "loss_all_tokens", "retrieval")
+                    key: summary[key] for key in ("loss", "loss_all_tokens", "retrieval", "retrieval_tokens")
                 }
             model.config.index_topk = p.topk
             arrays |= heatmap(model, rows[0])

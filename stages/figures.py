@@ -93,10 +93,10 @@ def quality_by_topk(sweep: pd.DataFrame, dense: dict, window: dict, topk: int, p
     left.axhline(0, color=COLORS["dense"], linewidth=1, label=LABELS["dense"])
     left.plot([topk], [window["gap"]], "s", color=COLORS["window_trained"], label=LABELS["window_trained"])
     left.set_ylabel("answer loss minus dense (nats per token)")
-    right.plot(sweep["topk"], 100 * sweep["retrieval"], color=COLORS["dsa"], marker="o")
-    right.axhline(100 * dense["retrieval"], color=COLORS["dense"], linewidth=1)
-    right.plot([topk], [100 * window["retrieval"]], "s", color=COLORS["window_trained"])
-    right.set_ylabel("look-ups answered exactly (%)")
+    right.plot(sweep["topk"], 100 * sweep["retrieval_tokens"], color=COLORS["dsa"], marker="o")
+    right.axhline(100 * dense["retrieval_tokens"], color=COLORS["dense"], linewidth=1)
+    right.plot([topk], [100 * window["retrieval_tokens"]], "s", color=COLORS["window_trained"])
+    right.set_ylabel("tokens of look-ups right (%)")
     for axis in (left, right):
         axis.set_xscale("log", base=2)
         axis.set_xticks(sweep["topk"], [str(k) for k in sweep["topk"]])
@@ -162,27 +162,33 @@ def training_curves(curves: dict[str, pd.DataFrame], path: Path) -> None:
     save(figure, path)
 
 
-def retrieval_by_distance(distance: np.ndarray, right: dict[str, np.ndarray], topk: int, path: Path) -> None:
+def base_curve(curve: pd.DataFrame, held_out: float, path: Path) -> None:
+    figure, axis = plt.subplots(figsize=(7.5, 3.5))
+    axis.plot(
+        curve["tokens"] / 1e6, curve["loss"], color=COLORS["dense"], label="training loss, context 256, 1024, 2048"
+    )
+    axis.axhline(held_out, color=COLORS["dsa"], linestyle="--", label="held-out loss at the end, context 2048")
+    axis.set_ylim(top=min(curve["loss"].max(), held_out + 3))
+    axis.set_xlabel("tokens (millions)")
+    axis.set_ylabel("nats per token")
+    axis.legend()
+    save(figure, path)
+
+
+def retrieval_by_distance(distance: np.ndarray, shares: dict[str, np.ndarray], topk: int, path: Path) -> None:
     edges = np.array([0, 128, 256, 512, 768, 1024, 1536, 2048, 1 << 20])
     edges = edges[: np.searchsorted(edges, distance.max(initial=1), side="right") + 1]
     figure, axis = plt.subplots(figsize=(7.5, 4))
     which = np.digitize(distance, edges) - 1
     bins = [b for b in range(len(edges) - 1) if (which == b).sum() >= 8]
-    for arm, hits in right.items():
-        share = np.array([hits[which == b].mean() for b in bins])
-        count = np.array([(which == b).sum() for b in bins])
-        axis.errorbar(
-            range(len(bins)),
-            100 * share,
-            100 * np.sqrt(share * (1 - share) / count),
-            color=COLORS[arm],
-            marker="o",
-            label=LABELS[arm],
-        )
+    for arm, share in shares.items():
+        mean = np.array([share[which == b].mean() for b in bins])
+        error = np.array([share[which == b].std(ddof=1) / np.sqrt((which == b).sum()) for b in bins])
+        axis.errorbar(range(len(bins)), 100 * mean, 100 * error, color=COLORS[arm], marker="o", label=LABELS[arm])
     names = [f"{edges[b]}–{edges[b + 1]}\nn={(which == b).sum()}" for b in bins]
     axis.set_xticks(range(len(bins)), names)
     axis.set_xlabel(f"tokens between the definition and the answer (k = {topk})")
-    axis.set_ylabel("answered exactly (%)")
+    axis.set_ylabel("answer tokens right (%)")
     axis.set_title("Looking a definition up, by distance (bars: ± one standard error)")
     axis.legend()
     save(figure, path)

@@ -62,9 +62,10 @@ class Predictions:
         which = self.answers[:n] if answers else np.ones(n, dtype=bool)
         return mean_with_error((self.nll(arm)[:n] - self.nll(reference)[:n])[which], self.rows[:n][which])
 
-    def right(self, arm: str, reference: str) -> tuple[float, float]:
-        """Share of look-ups that the arm answers, minus the reference's on the same ones, with standard error."""
-        ours, theirs = self.arrays[f"right_{arm}"].astype(float), self.arrays[f"right_{reference}"].astype(float)
+    def lookups(self, what: str, arm: str, reference: str) -> tuple[float, float]:
+        """Look-ups answered exactly ("right"), or the share of their tokens that is right ("share"): the arm minus the
+        reference on the same ones, with standard error."""
+        ours, theirs = (self.arrays[f"{what}_{name}"].astype(float) for name in (arm, reference))
         n = min(len(ours), len(theirs))
         if n == 0:
             return 0.0, 0.0
@@ -84,7 +85,8 @@ def compare(predictions: Predictions, arms: dict, names: tuple[str, ...], refere
     for arm in names:
         gap, error = predictions.gap(arm, reference)
         gap_all, error_all = predictions.gap(arm, reference, answers=False)
-        retrieval_gap, retrieval_error = predictions.right(arm, reference)
+        retrieval_gap, retrieval_error = predictions.lookups("right", arm, reference)
+        share_gap, share_error = predictions.lookups("share", arm, reference)
         table.append(
             {
                 "arm": arm,
@@ -95,6 +97,8 @@ def compare(predictions: Predictions, arms: dict, names: tuple[str, ...], refere
                 "gap_all_se": error_all,
                 "retrieval_gap": retrieval_gap,
                 "retrieval_gap_se": retrieval_error,
+                "share_gap": share_gap,
+                "share_gap_se": share_error,
                 "agreement": predictions.agreement(arm, reference),
             }
         )
@@ -128,11 +132,14 @@ def draw(p: params.Params, predictions: Predictions, tables: dict, selections: d
     figures.quality_by_topk(sweep, rows["dense"], rows["window_trained"], p.topk, FIGURES / "quality_by_topk.png")
     figures.mass_by_layer(selections, p.topk, FIGURES / "mass_by_layer.png")
     figures.training_curves(curves, FIGURES / "training_curves.png")
-    right = {arm: predictions.arrays[f"right_{arm}"] for arm in TRAINED}
+    shares = {arm: predictions.arrays[f"share_{arm}"] for arm in TRAINED}
     distance = predictions.arrays["lookup_distance"]
-    figures.retrieval_by_distance(distance, right, p.topk, FIGURES / "retrieval_by_distance.png")
+    figures.retrieval_by_distance(distance, shares, p.topk, FIGURES / "retrieval_by_distance.png")
     maps = (predictions.arrays["heatmap_wanted"], predictions.arrays["heatmap_offered"])
     figures.heatmap(*maps, int(predictions.arrays["heatmap_layer"]), FIGURES / "heatmap.png")
+    base = pd.read_csv("data/base/pretrain.csv")
+    held_out = json.loads(Path("data/base/pretrain.json").read_text())["held_out_loss"]
+    figures.base_curve(base, held_out, FIGURES / "base_curve.png")
     figures.cost_by_position(cost, p.topk, FIGURES / "cost_by_position.png")
 
 
@@ -185,6 +192,7 @@ def main() -> None:
         "loss": {arm: round(rows[arm]["loss"], 4) for arm in rows},
         "gap": {arm: round(rows[arm]["gap"], 4) for arm in rows},
         "retrieval": {arm: round(rows[arm]["retrieval"], 4) for arm in rows},
+        "retrieval_tokens": {arm: round(rows[arm]["retrieval_tokens"], 4) for arm in rows},
     }
     context = {
         "p": p,

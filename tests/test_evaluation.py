@@ -2,7 +2,7 @@ import torch
 
 from dsa import from_dense
 from dsa.data import IGNORE
-from dsa.evaluation import Predictions, answer_spans, attention_mass, evidence_distance, exact_match, predict
+from dsa.evaluation import answer_spans, attention_mass, correct, evidence_distance, predict
 from dsa.losses import attention_target
 
 
@@ -14,30 +14,20 @@ def test_predictions_are_those_of_the_model(dense_model, ids):
     assert torch.equal(got.argmax, out.logits[0, :-1].argmax(-1))
 
 
-def test_spans_distances_and_exact_match():
-    ids = [9, 4, 5, 6, 1, 2, 3, 4, 5, 6, 8]  # "4 5 6" stands at 1, is answered at 7, ends with 8
-    labels = [IGNORE] * 7 + ids[7:]
-    (span,) = answer_spans(labels)
-    assert span == (7, 11)
-    assert evidence_distance(ids, span) == 8 - 2
-    assert evidence_distance([9, 9, 9, 9, 1, 2, 3, 4, 5, 6, 8], span) is None
-    argmax = torch.tensor([*ids[1:]])
-    assert exact_match(Predictions(torch.zeros(10), argmax), ids, span)
-    for wrong in (6, 9):  # the first answer token, the end of the turn
-        worse = argmax.clone()
-        worse[wrong] = 0
-        assert not exact_match(Predictions(torch.zeros(10), worse), ids, span)
-    worse = argmax.clone()
-    worse[5] = 0  # a prompt token
-    assert exact_match(Predictions(torch.zeros(10), worse), ids, span)
+def test_distance_is_to_the_nearest_place_of_the_same_text():
+    pieces = ["a", "  def", " f(x):\n", "z", "?", "def", " f(", "x):", "<|im_end|>"]  # cut into other tokens
+    assert evidence_distance(pieces, (5, 9)) == 5 - 1
+    assert evidence_distance(["a", "b", "c", "<|im_end|>"], (2, 4)) is None
+    assert evidence_distance(["c", "c", "b", "c", "<|im_end|>"], (3, 5)) == 2
+    assert evidence_distance(["a", "<|im_end|>"], (1, 2)) is None
 
 
-def test_exact_match_is_what_greedy_decoding_gives(dense_model, ids):
+def test_all_correct_is_what_greedy_decoding_gives(dense_model, ids):
     model = from_dense(dense_model, topk=6, n_heads=2, head_dim=8)
     greedy = model.generate(ids[:1, :10], max_new_tokens=5, do_sample=False, eos_token_id=-1)[0].tolist()
-    assert exact_match(predict(model, greedy), greedy, (10, 15))
+    assert correct(predict(model, greedy), greedy, (10, 15)).all()
     other = [*greedy[:12], (greedy[12] + 1) % 97, *greedy[13:]]
-    assert not exact_match(predict(model, other), other, (10, 15))
+    assert correct(predict(model, other), other, (10, 13)).tolist() == [True, True, False]
 
 
 def test_answer_spans_of_several_turns():
