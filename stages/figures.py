@@ -30,6 +30,7 @@ BIN = 128  # positions
 plt.rcParams.update(
     {
         "figure.dpi": 110,
+        "figure.constrained_layout.use": True,
         "font.size": 10,
         "axes.grid": True,
         "grid.alpha": 0.25,
@@ -77,7 +78,7 @@ def loss_by_position(nll: dict[str, np.ndarray], positions, rows, topk: int, pat
         axis.axvline(topk, color="#999999", linestyle=":")
         axis.set_xlabel("position in the sequence (tokens)")
     right.axhline(0, color="#222222", linewidth=1)
-    right.annotate(f" k = {topk}", (topk, right.get_ylim()[1]), va="top", color="#777777")
+    right.annotate(f" k = {topk}", (topk, right.get_ylim()[0]), va="bottom", color="#777777")
     left.set_ylabel("held-out loss (nats per token)")
     right.set_ylabel("loss minus dense (nats per token)")
     left.legend()
@@ -113,15 +114,14 @@ def mass_by_layer(selections: dict[str, dict], topk: int, path: Path) -> None:
     for shift, (arm, values) in zip((-0.25, 0.05), selections.items(), strict=True):
         left.bar(layers + shift, values["mass"], width=0.28, color=COLORS[arm], label=f"indexer, {LABELS[arm]}")
         right.bar(layers + shift, values["recall"], width=0.28, color=COLORS[arm], label=LABELS[arm])
-    left.plot(
-        layers - 0.1, selections["dsa"]["oracle_mass"], "_", markersize=40, color=COLORS["oracle"], label="best k keys"
-    )
+    best = selections["dsa"]["oracle_mass"]
+    left.hlines(best, layers - 0.4, layers + 0.2, color=COLORS["oracle"], linewidth=2, label="best k keys, DSA model")
     left.set_ylabel(f"share of attention on the {topk} keys")
     right.set_ylabel(f"recall of the best {topk} keys")
     for axis in (left, right):
         axis.set_xticks(layers, [f"layer {i}" for i in layers])
         axis.set_ylim(0, 1.12)
-        axis.legend(loc="upper center", ncols=3, fontsize=8)
+        axis.legend(loc="lower right", fontsize=8, frameon=True)
     figure.suptitle("How much of what attention wants the indexer finds")
     save(figure, path)
 
