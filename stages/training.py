@@ -18,6 +18,7 @@ from stages.params import ParamsError, Training
 
 LONG = Path("data/long")
 CHECKPOINTS = 5  # a run
+LOGGED = ("lm_loss", "kl", "learning_rate", "grad_norm")
 
 
 def examples(tokenizer, path: Path, max_length: int) -> list[dict]:
@@ -143,7 +144,8 @@ def train(
 def write_curve(history: list[dict], path: Path) -> pd.DataFrame:
     """One line an optimiser step: the loss's parts, learning rate, gradient norm, and mass where it was probed."""
     steps = pd.DataFrame(history).groupby("step").first().reset_index()
-    names = [c for c in steps if c in ("step", "lm_loss", "kl", "learning_rate", "grad_norm") or "_layer_" in c]
+    # Sorted: a history that went through a checkpoint has its keys in another order.
+    names = ["step", *sorted(c for c in steps if c in LOGGED or "_layer_" in c)]
     curve = steps[steps["learning_rate"].notna()][names]
     path.parent.mkdir(parents=True, exist_ok=True)
     curve.to_csv(path, index=False, float_format="%.6g")
