@@ -1,0 +1,78 @@
+"""Triton kernels: sparse attention, index scores and the indexer's loss, forward and backward.
+
+Nothing here is imported until a kernel is asked for: the package works where Triton is not installed. Every gradient is
+deterministic (no atomics), and nothing of size T x S is stored but the slab of index scores that a caller asks for.
+
+    attention.py    forward and the query-owned half of the backward
+    decode.py       few queries, many keys: split the keys over programs, then merge
+    inverse.py      which queries selected a key: the key-owned half of every sparse backward
+    indexer.py      index scores
+    losses.py       the indexer's KL: over all visible keys in dense_kl.py, over the selected ones in sparse_kl.py
+    check.py        the first use on a device compares every kernel with its reference
+"""
+
+import importlib.util
+import os
+from functools import lru_cache
+
+import torch
+
+VARIABLE = "DSA_BACKEND"  # "triton" or "gather": what the machine shall use where the caller names no backend
+HEAD_DIMS = (16, 32, 64, 128)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@lru_cache
+def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the attention kernels cannot run on such tensors; None if they can.
+
+    CPU tensors need Triton's interpreter, for tests: TRITON_INTERPRET=1 before Triton's first import.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if head_dim not in HEAD_DIMS:
+        return f"head size {head_dim} is not one of {HEAD_DIMS}"
+    if dtype not in DTYPES:
+        return f"{dtype} is not one of {DTYPES}"
+    if interpreted():
+        return "Triton's interpreter has no bfloat16" if dtype == torch.bfloat16 else None
+    if device.type != "cuda":
+        return (
+            f"the kernels run on CUDA, not on {device.type}, unless TRITON_INTERPRET=1 was set before Triton's import"
+        )
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter. It decides when a function is decorated, so its own library tells
+    what was set at its first import, which is usually some other package's doing."""
+    from triton.language import standard
+    from triton.runtime import JITFunction
+
+    return not isinstance(standard.sum, JITFunction)
+
+
+def chosen(tensor: torch.Tensor, head_dim: int) -> bool:
+    """Whether the kernels are to be used on `tensor` where the caller names no backend: on CUDA, if they can be.
+
+    DSA_BACKEND overrides it. Raises ValueError where that asks for the impossible or is no backend, RuntimeError where
+    the kernels turn out to be wrong on this device.
+    """
+    wanted = os.environ.get(VARIABLE) or None
+    if wanted not in (None, "triton", "gather"):
+        raise ValueError(f"{VARIABLE}: {wanted!r} is neither triton nor gather")
+    if wanted == "triton":
+        require(tensor, head_dim)
+    elif wanted == "gather" or not tensor.is_cuda or obstacle(tensor.device, tensor.dtype, head_dim):
+        return False
+    from dsa.kernels.check import verify
+
+    verify(tensor.device, tensor.dtype, head_dim)
+    return True
+
+
+def require(tensor: torch.Tensor, head_dim: int) -> None:
+    """Raise ValueError, with the reason, where the kernels cannot run on `tensor`."""
+    reason = obstacle(tensor.device, tensor.dtype, head_dim)
+    if reason:
+        raise ValueError(f'backend "triton" cannot run: {reason}')

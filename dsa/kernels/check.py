@@ -1,0 +1,106 @@
+"""A kernel that compiles may still be wrong on a device that nobody has tried: the first use on each compares.
+
+Small tensors, a few milliseconds; a disagreement stops the program rather than spoil a training run.
+"""
+
+from functools import lru_cache
+
+import torch
+
+from dsa import kernels
+
+# Of a relative RMS error, against float64: some roundings of the type for sums of this length.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@lru_cache
+def verify(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Raise RuntimeError where a kernel does not run here, or does not agree with its reference."""
+    for name, compare in (("sparse attention", _attention), ("index scores", _scores), ("indexer loss", _loss)):
+        try:
+            worst = compare(device, dtype, head_dim)
+        except Exception as error:
+            raise RuntimeError(f"{_kernel(name, device, dtype)} does not run: {error}. {HELP}") from error
+        if not worst < TOLERANCE[dtype]:
+            raise RuntimeError(f"{_kernel(name, device, dtype)} is off by {worst:.1e} (relative). {HELP}")
+
+
+HELP = f"Set {kernels.VARIABLE}=gather to use PyTorch's own operations, and please report this"
+
+
+def _kernel(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    return f"the {name} kernel on {device} in {dtype}"
+
+
+def _random(device, dtype, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(*shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
+
+
+def _error(ours: list[torch.Tensor], reference: list[torch.Tensor]) -> float:
+    ratios = [(a.double() - b).norm() / b.norm() for a, b in zip(ours, reference, strict=True)]
+    return max(ratio.item() for ratio in ratios)
+
+
+def _with_gradients(call, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    out = call(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out))]
+
+
+def _indices(device) -> torch.Tensor:
+    """[1, 40, 16] causal: the first keys of each query, -1 beyond itself."""
+    key, query = torch.arange(16, device=device), torch.arange(40, device=device)[:, None]
+    return torch.where(key <= query, key * (query + 1) // 16, -1).int()[None]
+
+
+def _compare(fast, slow, inputs: list[torch.Tensor]) -> float:
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    return _error(_with_gradients(fast, inputs), _with_gradients(slow, wide))
+
+
+def _attention(device, dtype, head_dim: int) -> float:
+    from dsa.attention import sparse_attention_reference
+    from dsa.kernels.attention import sparse_attention_triton
+
+    inputs = _random(device, dtype, (1, 4, 40, head_dim), (1, 2, 40, head_dim), (1, 2, 40, head_dim))
+    indices, scaling = _unique(_indices(device)), head_dim**-0.5
+    return _compare(
+        lambda *x: sparse_attention_triton(*x, indices, scaling)[0],
+        lambda *x: sparse_attention_reference(*x, indices, scaling),
+        inputs,
+    )
+
+
+def _unique(indices: torch.Tensor) -> torch.Tensor:
+    """Repeats of an ascending list replaced by -1."""
+    repeated = torch.nn.functional.pad(indices.diff(dim=-1) == 0, (1, 0))
+    return indices.masked_fill(repeated, -1)
+
+
+def _scores(device, dtype, head_dim: int) -> float:
+    from dsa.indexer import index_scores
+    from dsa.kernels.indexer import index_scores_triton
+
+    q, k, weights = (x.detach() for x in _random(device, dtype, (1, 40, 3, 32), (1, 40, 32), (1, 40, 3)))
+    reference = index_scores(q.double(), k.double(), weights.double()).double()
+    return _error([index_scores_triton(q, k, weights)], [reference])
+
+
+def _loss(device, dtype, head_dim: int) -> float:
+    from dsa.kernels.losses import indexer_kl_triton
+    from dsa.losses import indexer_kl_reference
+    from dsa.masks import Visibility
+
+    index = _random(device, dtype, (1, 40, 3, 32), (1, 40, 32), (1, 40, 3))
+    q, k = (x.detach() for x in _random(device, dtype, (1, 4, 40, head_dim), (1, 2, 40, head_dim)))
+    visible, scaling = Visibility(40, 40), head_dim**-0.5
+    worst = 0.0
+    for indices in (None, _unique(_indices(device))):
+
+        def reference(*x, indices=indices):
+            return indexer_kl_reference(*x, q.double(), k.double(), scaling, visible, indices)
+
+        worst = max(
+            worst, _compare(lambda *x, i=indices: indexer_kl_triton(*x, q, k, scaling, visible, i), reference, index)
+        )
+    return worst

@@ -1,0 +1,80 @@
+"""The indexer's KL in tiles: `dsa.losses.indexer_kl` without its slabs of size queries x keys.
+
+Each head's softmax sums to one, so a tile of the target is p = mean_h exp(logit_h - LSE_h), whatever the other tiles
+hold, and KL(p || softmax(I)) = sum p log p - sum p I + LSE_I. Hence two sweeps over the keys: the first for the LSEs
+and the sums, the second for the gradient dI = softmax(I) - p, which goes on to index queries, keys and weights at once.
+"""
+
+import torch
+
+from dsa.kernels import require
+from dsa.kernels.dense_kl import Spans, dense_gradients, dense_rows
+from dsa.kernels.sparse_kl import sparse_gradients, sparse_rows
+from dsa.kernels.views import same_dtype
+from dsa.masks import Visibility
+
+
+def indexer_kl_triton(
+    index_q: torch.Tensor,
+    index_k: torch.Tensor,
+    index_weights: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    scaling: float,
+    visible: Visibility,
+    indices: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Arguments, value and gradients of `dsa.losses.indexer_kl`.
+
+    Memory beyond the gradients: O(T H), and in sparse training [B, T, K] while it runs.
+
+    Raises:
+        ValueError: the kernels cannot run on this device, type or head size, or `visible` is a whole [T, S] mask.
+    """
+    if visible.explicit is not None:
+        raise ValueError("the indexer-loss kernels take key masks and documents, no explicit [B, 1, T, S] mask")
+    q, k = same_dtype(q.detach(), k.detach())
+    require(q, q.shape[3])
+    return _IndexerKL.apply(index_q, index_k, index_weights, q, k, scaling, visible, indices)
+
+
+class _IndexerKL(torch.autograd.Function):
+    """Computes the gradient on the way, as the loss is a leaf: backward only scales it, and nothing else is saved."""
+
+    @staticmethod
+    def forward(ctx, index_q, index_k, index_weights, q, k, scaling, visible, indices):
+        index = *same_dtype(index_q, index_k), index_weights
+        require(index[0], q.shape[3])
+        valid = visible.is_query(q.shape[0], q.device)
+        count = valid.sum().clamp(min=1)
+        wanted = any(ctx.needs_input_grad[:3])
+        if indices is None:
+            spans = query_spans(visible, valid)
+            rows, lses = dense_rows(index, q, k, scaling, spans)
+            grads = dense_gradients(index, q, k, scaling, spans, *lses) if wanted else ()
+        else:
+            indices = indices.masked_fill(~valid[..., None], -1)
+            rows, d_scores = sparse_rows(index, q, k, scaling, indices)
+            grads = sparse_gradients(index, indices, d_scores) if wanted else ()
+        ctx.save_for_backward(*(g.div_(count) for g in grads))
+        ctx.dtypes = [x.dtype for x in (index_q, index_k, index_weights)]
+        return rows.sum() / count
+
+    @staticmethod
+    def backward(ctx, grad):
+        grads = [(g * grad).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
+        return *grads, None, None, None, None, None
+
+
+def query_spans(visible: Visibility, valid: torch.Tensor) -> Spans:
+    """The mask in O(B (T + S)) numbers; `valid` [B, T] are the queries that count."""
+    B, T = valid.shape
+    S = visible.keys
+    starts = torch.zeros(B, S, dtype=torch.int32, device=valid.device)
+    if visible.documents is not None:
+        documents = visible.documents.expand(B, S).contiguous()
+        ordered, order = documents.sort(dim=1, stable=True)  # of equal documents the first position comes first
+        starts = order.gather(1, torch.searchsorted(ordered, documents)).int()
+    query_start = starts[:, :T] if visible.documents is not None else starts.new_zeros(B, T)
+    key_start = starts if visible.key_mask is None else starts.masked_fill(~visible.key_mask, -1)
+    return Spans(query_start.masked_fill(~valid, S), key_start.contiguous(), T, S, visible.offset)
