@@ -2,7 +2,7 @@
 
 The reference gathers the selected keys of every query; it is slow and obviously right. The `gather` backend needs no
 kernel: a slab of neighbouring queries selects overlapping keys, so it runs plain attention of the slab over the union
-of its keys, masked by membership.
+of its keys, masked by membership. The `triton` backend (dsa/kernels) is the one for CUDA.
 """
 
 import logging
@@ -11,11 +11,12 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
+from dsa import kernels
 from dsa.masks import SLAB_ELEMENTS, membership
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("reference", "gather")
+BACKENDS = ("reference", "gather", "triton")
 UNION_SHARE = 0.7  # with more of the prefix in the union, slicing the prefix is cheaper than gathering from it
 GATHER_ROWS = 256  # queries a slab
 
@@ -35,13 +36,14 @@ def sparse_attention(
         k, v: [B, Hkv, S, D]; Hq is a multiple of Hkv (grouped-query attention).
         indices: int [B, T, K], key indices without repeats; -1 is no key. A query without any key gets zeros.
         scaling: D^-0.5 by default.
-        backend: "reference" or "gather"; chosen by device and shape when None.
+        backend: one of `BACKENDS`. When None, "triton" for CUDA tensors whose type and head size its kernels take, and
+            "gather" for all others, unless the environment variable DSA_BACKEND says otherwise.
 
     Returns:
         [B, Hq, T, D] in the dtype of q. Differentiable in q, k and v.
 
     Raises:
-        ValueError: unknown backend, or shapes that do not fit.
+        ValueError: unknown backend, or one that cannot run on such tensors, or shapes that do not fit.
     """
     B, Hq, T, D = q.shape
     if k.shape != v.shape or k.shape[0] != B or k.shape[3] != D or Hq % k.shape[1]:
@@ -50,11 +52,20 @@ def sparse_attention(
         raise ValueError(f"indices {tuple(indices.shape)} do not fit q {tuple(q.shape)}")
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: {backend!r} is not one of {BACKENDS}")
-    backend = backend or "gather"
+    if backend is None:
+        backend = "triton" if kernels.chosen(q, D) else "gather"
+    elif backend == "triton":
+        kernels.require(q, D)
     log_backend(backend, q.device.type)
     scaling = D**-0.5 if scaling is None else scaling
     if backend == "reference":
         return sparse_attention_reference(q, k, v, indices, scaling)
+    if backend == "triton":
+        from dsa.kernels.attention import sparse_attention_triton  # needs Triton, which not every platform has
+
+        return sparse_attention_triton(q, k, v, indices, scaling)[0]
+    if T == 1 and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+        return decode_attention(q, k, v, indices, scaling)
     return GatherAttention.apply(q, k, v, indices, scaling)
 
 
@@ -85,16 +96,43 @@ def sparse_attention_reference(
     return out.reshape(B, Hq, T, D).to(q.dtype)
 
 
-def _slab_attention(q, k, v, mask, some, scaling):
-    """q [1, Hq, C, D] over k, v [1, Hkv, N, D], mask [C, N]; rows that are not in some [C] give zeros."""
-    mask = mask | ~some[:, None]  # a softmax over nothing is NaN, and so would be its gradient
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None, None], scale=scaling, enable_gqa=True)
-    return out * some[None, None, :, None].to(out.dtype)
+def _bias(mask: torch.Tensor, some: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """mask [C, N] as what SDPA adds to the logits; rows that are not in some [C] see everything, for a softmax over
+    nothing is NaN, and so would be its gradient: they are set to zero afterwards."""
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return bias.masked_fill_(~(mask | ~some[:, None]), -torch.inf)[None, None]
+
+
+def decode_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """The `gather` backend for a single query, T = 1: reads its K rows of the cache and nothing else. No gradient."""
+    B, Hq, _, D = q.shape
+    Hkv = k.shape[1]
+    out = torch.zeros_like(q)
+    for b in range(B):
+        at = indices[b, 0]
+        at = at[at >= 0].long()
+        if len(at) == 0:
+            continue
+        # A head at a time: on a CPU rows of a matrix are selected several times faster than from a batch of matrices.
+        k_sel, v_sel = (torch.stack([x[b, h].index_select(0, at) for h in range(Hkv)]) for x in (k, v))
+        logits = (q[b].view(Hkv, -1, D) * scaling) @ k_sel.transpose(1, 2)  # (Hkv, Hq / Hkv, K)
+        out[b] = (logits.float().softmax(-1).to(v.dtype) @ v_sel).view(Hq, 1, D)
+    return out
+
+
+# The fused attention that SDPA itself runs on a CPU. Called by name it also returns the log-sum-exp, with which the
+# backward need not run the forward again.
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class GatherAttention(torch.autograd.Function):
-    """Attention of a slab of queries over the union of its keys; nothing of a slab is kept for backward, which runs the
-    slab again. Memory: O(L (Hq D + K)) saved, one slab at work."""
+    """Attention of a slab of queries over the union of its keys. Memory: O(L (Hq D + K)) saved, one slab at work.
+
+    On other devices than a CPU the backward runs the slab again.
+    """
 
     @staticmethod
     def slabs(q: torch.Tensor, k: torch.Tensor, indices: torch.Tensor):
@@ -118,25 +156,36 @@ class GatherAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, indices, scaling):
-        ctx.save_for_backward(q, k, v, indices)
-        ctx.scaling = scaling
         out = torch.zeros_like(q)
+        lse = q.new_zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
         for b, queries, keys, mask, some in GatherAttention.slabs(q, k, indices):
             args = q[b, None, :, queries], k[b, None, :, keys], v[b, None, :, keys]
-            out[b, :, queries] = _slab_attention(*args, mask, some, scaling)[0]
+            bias = _bias(mask, some, q.dtype)
+            if q.device.type == "cpu":
+                slab, lse[b, :, queries] = _flash(*args, 0.0, False, attn_mask=bias, scale=scaling)
+            else:
+                slab = F.scaled_dot_product_attention(*args, attn_mask=bias, scale=scaling, enable_gqa=True)
+            out[b, :, queries] = slab[0] * some[:, None]
+        ctx.save_for_backward(q, k, v, indices, out, lse)
+        ctx.scaling = scaling
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
-        q, k, v, indices = ctx.saved_tensors
+        q, k, v, indices, out, lse = ctx.saved_tensors
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for b, queries, keys, mask, some in GatherAttention.slabs(q, k, indices):
-            args = [
-                x.detach().requires_grad_() for x in (q[b, None, :, queries], k[b, None, :, keys], v[b, None, :, keys])
-            ]
-            with torch.enable_grad():
-                out = _slab_attention(*args, mask, some, ctx.scaling)
-            gq, gk, gv = torch.autograd.grad(out, args, grad_out[b, None, :, queries])
+            args = q[b, None, :, queries], k[b, None, :, keys], v[b, None, :, keys]
+            bias = _bias(mask, some, q.dtype)
+            grad = grad_out[b, None, :, queries] * some[:, None]
+            if q.device.type == "cpu":
+                saved = out[b, None, :, queries], lse[b, None, :, queries]
+                gq, gk, gv = _flash_backward(grad, *args, *saved, 0.0, False, attn_mask=bias, scale=ctx.scaling)
+            else:
+                args = [x.detach().requires_grad_() for x in args]
+                with torch.enable_grad():
+                    slab = F.scaled_dot_product_attention(*args, attn_mask=bias, scale=ctx.scaling, enable_gqa=True)
+                gq, gk, gv = torch.autograd.grad(slab, args, grad)
             dq[b, :, queries] = gq[0]
             dk[b, :, keys] += gk[0]
             dv[b, :, keys] += gv[0]

@@ -6,6 +6,7 @@ In the dense warm-up p and the indexer's softmax run over all visible keys, in s
 
 import torch
 
+from dsa import kernels
 from dsa.indexer import index_scores
 from dsa.masks import Slab, Visibility, membership
 
@@ -80,6 +81,10 @@ def indexer_kl(
     Returns:
         A scalar. Works a slab of queries at a time and computes its gradient on the way: nothing of size T x S is kept.
     """
+    if visible.explicit is None and kernels.chosen(q, q.shape[3]):
+        from dsa.kernels.losses import indexer_kl_triton
+
+        return indexer_kl_triton(index_q, index_k, index_weights, q, k, scaling, visible, indices)
     return _IndexerKL.apply(index_q, index_k, index_weights, q.detach(), k.detach(), scaling, visible, indices)
 
 

@@ -24,6 +24,7 @@ from transformers.models.qwen2.modeling_qwen2 import (
 )
 
 from dsa.attention import sparse_attention
+from dsa.cache import growing
 from dsa.config import Qwen2DSAConfig
 from dsa.indexer import LightningIndexer, index_scores
 from dsa.losses import attention_target, indexer_kl
@@ -165,6 +166,8 @@ class Qwen2DSAModel(Qwen2DSAPreTrainedModel, Qwen2Model):
         packed = position_ids if past_key_values is None and attention_mask is None else None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None:
+            past_key_values = growing(past_key_values)
         if position_ids is None:
             past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
             position_ids = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
