@@ -2,7 +2,8 @@
 
 The `cpu` profile has no network, so its "hub" is this module. It turns source files into rows with the schema of
 deepctrl-sft-data: a long file as the input, an instruction, and an answer that can be checked against the file, either
-its continuation or a definition to look up far above (signature, docstring, constant, base class).
+its continuation or a definition to look up far above (signature, docstring, constant, base class). Preference pairs,
+with COIG-P's schema, set the true definition against the same name with another definition's right-hand side.
 
 Families, not files, are the unit of the split: the modules of one sub-package are often near copies of each other, so a
 whole sub-package is on one side (`dsa.data.split_of`), and a held-out file that still shares many lines with the
@@ -162,12 +163,17 @@ def continuation_row(file: SourceFile, chars: int, rng: random.Random) -> dict |
     }
 
 
-def lookup_row(file: SourceFile, chars: int, rng: random.Random) -> dict | None:
-    """A window, then questions about definitions in it, the last as the row's own turn, the others as its history."""
+def facts_in_window(file: SourceFile, chars: int, rng: random.Random) -> tuple[str, list[tuple[int, str, str, str]]]:
+    """A window's text and the definitions in it."""
     first, lines = window(file.text, chars, rng)
     facts = [fact for fact in definitions(file.text) if first <= fact[0] - 1 and fact[0] < first + len(lines)]
     text = "\n".join(lines)
-    facts = [fact for fact in facts if fact[3] in text]
+    return text, [fact for fact in facts if fact[3] in text]
+
+
+def lookup_row(file: SourceFile, chars: int, rng: random.Random) -> dict | None:
+    """A window, then questions about definitions in it, the last as the row's own turn, the others as its history."""
+    text, facts = facts_in_window(file, chars, rng)
     if not facts:
         return None
     facts = rng.sample(facts, min(MAX_QUESTIONS, len(facts)))
@@ -184,6 +190,14 @@ def lookup_row(file: SourceFile, chars: int, rng: random.Random) -> dict | None:
     }
 
 
+def draw(sides: list[list[SourceFile]], shares: list[float], rng: random.Random) -> Iterator[SourceFile]:
+    """Files without end: a side by its share, then one of its files by the square root of its length."""
+    weights = [[len(f.text) ** 0.5 for f in files] for files in sides]
+    while True:
+        side = rng.choices(range(len(sides)), shares)[0]
+        yield rng.choices(sides[side], weights[side])[0]
+
+
 def rows(
     sides: list[list[SourceFile]],
     shares: list[float],
@@ -194,16 +208,14 @@ def rows(
 ) -> Iterator[dict]:
     """`count` rows in the schema of deepctrl-sft-data, the same for the same files and seed.
 
-    `shares` gives how often each of the `sides` (training and held-out files) is drawn; files are drawn by the square
-    root of their length. A row's window has `chars` (least, most, likeliest) characters: by default some rows are too
-    short, so that `filter` has something to leave out.
+    `shares` gives how often each of the `sides` (training and held-out files) is drawn. A row's window has `chars`
+    (least, most, likeliest) characters: by default some rows are too short, which gives `filter` its work.
     """
     rng = random.Random(seed)
-    weights = [[len(f.text) ** 0.5 for f in files] for files in sides]
     made = 0
-    while made < count:
-        side = rng.choices(range(len(sides)), shares)[0]
-        file = rng.choices(sides[side], weights[side])[0]
+    for file in draw(sides, shares, rng):
+        if made == count:
+            return
         make = lookup_row if rng.random() < lookup_share else continuation_row
         row = make(file, int(rng.triangular(*chars)), rng)
         if row is None:
@@ -218,4 +230,51 @@ def rows(
             "output_len": len(row["output"]),
             "num_utter": len(row["history"]) + 1,
             "type": int(row["type_keyword"][0] == "lookup"),
+        }
+
+
+def wrong_answer(kind: str, answer: str, others: list[str], rng: random.Random) -> str | None:
+    """A plausible wrong answer: the asked-for name, the rest from another definition of its kind; None if none differs.
+
+    "def load(path, mode):" with "def save(obj):" becomes "def load(obj):". Who only copies the name cannot tell them
+    apart.
+    """
+    separator = {"signature": "(", "base": "(", "constant": "="}.get(kind)
+    candidates = set()
+    for other in others:
+        if separator is None:
+            candidates.add(other)
+        elif separator in other:
+            candidates.add(answer.partition(separator)[0] + separator + other.partition(separator)[2])
+    candidates.discard(answer)
+    return rng.choice(sorted(candidates)) if candidates else None
+
+
+def preference_rows(
+    sides: list[list[SourceFile]], shares: list[float], count: int, seed: int, chars: tuple[int, int, int]
+) -> Iterator[dict]:
+    """`count` rows in the schema of COIG-P; the arguments are those of `rows`.
+
+    The prompt is a window of a file and a question about a definition in it, `chosen` the true answer.
+    """
+    rng = random.Random(seed)
+    made = 0
+    for file in draw(sides, shares, rng):
+        if made == count:
+            return
+        text, facts = facts_in_window(file, int(rng.triangular(*chars)), rng)
+        if not facts:
+            continue
+        _, kind, question, answer = rng.choice(facts)
+        others = [f[3] for f in definitions(file.text) if f[1] == kind and f[3] != answer]
+        wrong = wrong_answer(kind, answer, others, rng)
+        if wrong is None:
+            continue
+        made += 1
+        yield {
+            "conversations": [{"from": "human", "value": f"{text}\n\n{question}"}],
+            "chosen": {"from": "gpt", "value": answer},
+            "rejected": {"from": "gpt", "value": wrong},
+            "domain": kind,
+            "data_source": file.family,
         }

@@ -1,7 +1,7 @@
 """From rows to token ids: chat format, answer masks, splits, batches.
 
 A row has deepctrl-sft-data's fields: `instruction` and `input` are the last user turn, `output` its answer, `history`
-the earlier [user, assistant] pairs, oldest first.
+the earlier [user, assistant] pairs, oldest first. A preference row has COIG-P's.
 """
 
 import hashlib
@@ -11,6 +11,12 @@ from dataclasses import dataclass
 import torch
 
 IGNORE = -100  # label of a token that is no target
+END_OF_TURN = "<|im_end|>"  # of ChatML
+
+
+def end_ids(tokenizer) -> list[int]:
+    """The ids that end a generation: the end of a turn, and the tokenizer's own eos where that is another one."""
+    return list(dict.fromkeys([tokenizer.convert_tokens_to_ids(END_OF_TURN), tokenizer.eos_token_id]))
 
 
 class BadRow(ValueError):
@@ -56,6 +62,51 @@ def messages_of(row: dict) -> list[dict]:
         for user, answer in turns
         for m in ({"role": "user", "content": user}, {"role": "assistant", "content": answer})
     ]
+
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def turns_of(value: object, field: str) -> list[dict]:
+    """One message or a list of them, {"from", "value"} or {"role", "content"}, as chat messages."""
+    turns = []
+    for turn in value if isinstance(value, list) else [value]:
+        if not isinstance(turn, dict):
+            raise BadRow(f"{field} is not a list of messages")
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if role not in ROLES or not isinstance(content, str):
+            raise BadRow(f"{field} has a message of unknown schema")
+        turns.append({"role": ROLES[role], "content": content})
+    return turns
+
+
+def pair_of(row: dict) -> dict:
+    """A preference row as {"prompt", "chosen", "rejected"}, each a list of chat messages, the last two of one message,
+    and its "domain" and "data_source".
+
+    COIG-P is published as `conversations` (the prompt) with one message each in `chosen` and `rejected`, and is trained
+    on as whole message lists in the two that share all but the last message. Both forms are read.
+    Raises BadRow for any other.
+    """
+    if not isinstance(row, dict):
+        raise BadRow("not an object")
+    if not {"chosen", "rejected"} <= row.keys():
+        raise BadRow("unknown schema")
+    chosen, rejected = (turns_of(row[answer], answer) for answer in ("chosen", "rejected"))
+    if "conversations" in row:
+        prompt = turns_of(row["conversations"], "conversations")
+        if len(chosen) != 1 or len(rejected) != 1:
+            raise BadRow("an answer is not one message")
+    else:
+        prompt = chosen[:-1]
+        if rejected[:-1] != prompt:
+            raise BadRow("the two prompts differ")
+    if not prompt or prompt[-1]["role"] != "user" or not prompt[-1]["content"].strip():
+        raise BadRow("no prompt")
+    if {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
+        raise BadRow("an answer is not the assistant's")
+    about = {field: str(row.get(field)) for field in ("domain", "data_source")}
+    return {"prompt": prompt, "chosen": chosen[-1:], "rejected": rejected[-1:], **about}
 
 
 @dataclass(frozen=True)

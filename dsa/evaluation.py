@@ -8,7 +8,7 @@ from dsa.data import IGNORE
 from dsa.indexer import index_scores
 from dsa.losses import attention_target
 from dsa.masks import Slab, membership
-from dsa.modeling import Qwen2DSAForCausalLM
+from dsa.modeling import AttentionObserver, Qwen2DSAForCausalLM
 from dsa.selector import select_topk
 
 
@@ -30,6 +30,14 @@ def predict(model: Qwen2DSAForCausalLM, ids: list[int]) -> Predictions:
     logits = model(x, use_cache=False).logits[0, :-1].float()
     nll = torch.nn.functional.cross_entropy(logits, x[0, 1:], reduction="none")
     return Predictions(nll.cpu(), logits.argmax(-1).cpu())
+
+
+@torch.no_grad()
+def greedy(model: Qwen2DSAForCausalLM, prompt: list[int], max_new_tokens: int) -> list[int]:
+    """What the model answers to a prompt, up to the end that its generation config names."""
+    ids = torch.tensor([prompt], device=model.device)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False)
+    return out[0, len(prompt) :].tolist()
 
 
 def answer_spans(labels: list[int]) -> list[tuple[int, int]]:
@@ -108,16 +116,22 @@ class SelectionStatistics:
 
 
 @torch.no_grad()
-def attention_mass(model: Qwen2DSAForCausalLM, ids: torch.Tensor, topk: int) -> dict[str, list[float]]:
-    """`SelectionStatistics` of ids [B, L] under dense attention: each of its names with a number a layer."""
-    statistics, mode, training = SelectionStatistics(topk), model.config.attention_mode, model.training
+def observe_dense(model: Qwen2DSAForCausalLM, ids: torch.Tensor, observer: AttentionObserver) -> None:
+    """Show an observer the model on ids [B, L] under dense attention, whatever its mode."""
+    mode, training = model.config.attention_mode, model.training
     model.config.attention_mode = "dense"
     model.eval()
     try:
-        model.model(ids, observer=statistics, use_cache=False)
+        model.model(ids, observer=observer, use_cache=False)
     finally:
         model.config.attention_mode = mode
         model.train(training)
+
+
+def attention_mass(model: Qwen2DSAForCausalLM, ids: torch.Tensor, topk: int) -> dict[str, list[float]]:
+    """`SelectionStatistics` of ids [B, L]: each of its names with a number a layer."""
+    statistics = SelectionStatistics(topk)
+    observe_dense(model, ids, statistics)
     return {name: [layer[name] for layer in statistics.layers] for name in statistics.layers[0]}
 
 

@@ -45,24 +45,17 @@ class Rows(Dataset):
         return self.examples[i]
 
 
-class DSATrainer(Trainer):
-    """Trains whatever of the model is not frozen.
+class SplitOptimizer:
+    """A Trainer's optimizer for a model in two halves: parameter groups, learning rates and gradient clipping apart.
 
-    Args:
-        indexer_learning_rate: of the indexers' own parameter group; the backbone's is `args.learning_rate`.
-
-    The logs hold, by optimiser step: `lm_loss` if the backbone is trained, and `kl`, the layers' mean, with
-    `kl_layer_<i>`, if the indexer is.
+    Only what is not frozen is trained, and only that has optimizer state.
     """
 
     def __init__(self, model: Qwen2DSAForCausalLM, *args, indexer_learning_rate: float | None = None, **kwargs):
         self.trains_indexer = any(p.requires_grad for p in model.indexer_parameters())
         self.trains_backbone = any(p.requires_grad for p in model.backbone_parameters())
         self.indexer_learning_rate = indexer_learning_rate
-        self.positions_in_batch = 1
-        self.sums: dict[str, torch.Tensor] = {}
         super().__init__(model, *args, **kwargs)
-        self.loss_is_scaled_for_ga = True  # `compute_loss` divides by the counts of the whole accumulated batch
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Parameter groups: backbone with and without weight decay, indexer. Frozen parameters are in none."""
@@ -91,6 +84,23 @@ class DSATrainer(Trainer):
             if any(p.requires_grad for p in half)
         ]
         return norms[0]
+
+
+class DSATrainer(SplitOptimizer, Trainer):
+    """Trains whatever of the model is not frozen.
+
+    Args:
+        indexer_learning_rate: of the indexers' own parameter group; the backbone's is `args.learning_rate`.
+
+    The logs hold, by optimiser step: `lm_loss` if the backbone is trained, and `kl`, the layers' mean, with
+    `kl_layer_<i>`, if the indexer is.
+    """
+
+    def __init__(self, *args, **kwargs):
+        self.positions_in_batch = 1
+        self.sums: dict[str, torch.Tensor] = {}
+        super().__init__(*args, **kwargs)
+        self.loss_is_scaled_for_ga = True  # `compute_loss` divides by the counts of the whole accumulated batch
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)

@@ -2,6 +2,7 @@
 
 Decode is one query at position L, prefill a block of queries that ends there; random tensors, one process, medians.
 Dense is the faster of PyTorch's SDPA and a grouped matrix product; DSA is scoring, top-k and attention together.
+Training is forward and backward of a whole layer, MLP included, in sparse mode with the indexer's loss.
 """
 
 import time
@@ -13,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from dsa import index_scores, select_topk, sparse_attention
+from dsa import Qwen2DSAConfig, Qwen2DSAForCausalLM, index_scores, select_topk, sparse_attention
 from dsa.masks import Slab, Visibility
+from dsa.modeling import IndexerLoss
+from dsa.training import supports_bf16
 from stages import params
 from stages.common import measured, write_json
 
-HQ, HKV, D = 14, 2, 64  # Qwen2.5-0.5B
+HQ, HKV, D, MLP = 14, 2, 64, 4864  # Qwen2.5-0.5B
 BLOCK = 64  # queries of a prefill measurement
 
 
@@ -81,6 +84,47 @@ def measure(length: int, queries: int, topks: list[int], indexer, repeats: int) 
     return row
 
 
+def train_layer(length: int, mode: str, topk: int, indexer, repeats: int) -> tuple[float, float]:
+    """(median, spread) of the milliseconds of one layer's forward and backward, as the stages train it."""
+    config = Qwen2DSAConfig(
+        vocab_size=16,
+        hidden_size=HQ * D,
+        intermediate_size=MLP,
+        num_hidden_layers=1,
+        num_attention_heads=HQ,
+        num_key_value_heads=HKV,
+        index_topk=topk,
+        index_n_heads=indexer.n_heads if mode == "sparse" else 0,
+        index_head_dim=indexer.head_dim,
+        attention_mode=mode,
+    )
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = Qwen2DSAForCausalLM(config).model.to(device).train()
+    x = torch.randn(1, length, HQ * D, device=device)
+
+    def step() -> None:
+        observer = IndexerLoss() if mode == "sparse" else None
+        with torch.autocast(device, torch.bfloat16, enabled=supports_bf16()):
+            loss = model(inputs_embeds=x, use_cache=False, observer=observer).last_hidden_state.float().square().mean()
+        (loss + sum(observer.kl) if observer else loss).backward()
+
+    return milliseconds(step, repeats)
+
+
+def crossover(rows: list[dict], topk: int) -> int | None:
+    """The first measured position from which on DSA is faster than dense."""
+    ratios = [(row["position"], row[f"speedup_{topk}"]) for row in rows if f"speedup_{topk}" in row]
+    slower = [position for position, ratio in ratios if ratio <= 1]
+    return next((position for position, _ in ratios if not slower or position > max(slower)), None)
+
+
+def flops(length: int, topk: int, indexer) -> dict[str, int]:
+    """Multiply-adds twice, of one query at position `length` in one layer: attention over all keys, over k, scores."""
+    scores = 2 * indexer.n_heads * indexer.head_dim * length
+    return {"dense": 4 * HQ * D * length, "dsa": 4 * HQ * D * min(topk, length) + scores, "indexer": scores}
+
+
 def main() -> None:
     p = params.load("benchmark")
     topks = sorted({p.topk, *p.benchmark.topk})
@@ -97,6 +141,21 @@ def main() -> None:
             metrics[kind] = [
                 measure(length, queries, topks, p.indexer, p.benchmark.repeats) for length in tqdm(lengths, desc=kind)
             ]
+            for row in metrics[kind]:
+                row["flops"] = {str(k): flops(row["position"], k, p.indexer) for k in topks}
+        metrics["crossover"] = {
+            kind: {str(k): crossover(metrics[kind], k) for k in topks} for kind in ("decode", "prefill")
+        }
+        metrics["training"] = []
+        for length in tqdm(p.benchmark.train, desc="training"):
+            row = {"length": length, "topk": p.topk}
+            for mode in ("dense", "sparse"):
+                row[mode], row[f"{mode}_spread"] = (
+                    round(x, 1) for x in train_layer(length, mode, p.topk, p.indexer, p.benchmark.repeats)
+                )
+            metrics["training"].append(row | {"ratio": round(row["sparse"] / row["dense"], 2)})
+    # Bytes a token and layer, in bfloat16; the index key could be int8 at half its size.
+    metrics["cache_bytes"] = {"keys_and_values": 2 * 2 * HKV * D, "index_key": 2 * p.indexer.head_dim}
     write_json(Path("reports/benchmark/cost.json"), metrics)
 
 

@@ -7,7 +7,7 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,12 +21,26 @@ def read_rows(path: Path) -> Iterator[dict]:
             yield json.loads(line)
 
 
-def write_rows(path: Path, rows: Iterable[dict]) -> None:
-    """Gzipped JSON lines, the same bytes for the same rows."""
+def read_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a gzipped file, undecoded."""
+    with gzip.open(path, "rb") as file:
+        for line in file:
+            yield line.rstrip(b"\r\n")
+
+
+@contextmanager
+def line_writer(path: Path) -> Iterator[Callable[[bytes], None]]:
+    """A function that writes a line to a gzipped file, the same bytes for the same lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0, compresslevel=6) as file:
+        yield lambda line: file.write(line + b"\n")
+
+
+def write_rows(path: Path, rows: Iterable[dict]) -> None:
+    """Gzipped JSON lines."""
+    with line_writer(path) as write:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            write(json.dumps(row, ensure_ascii=False).encode())
 
 
 def write_json(path: Path, content: dict) -> None:

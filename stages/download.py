@@ -1,37 +1,108 @@
-"""Stage `download`: the scanned slice of the data source, as published, to data/raw/.
+"""Stage `download`: of each data source the slice that has enough usable rows, line by line as published.
 
-The cpu profile's source is `python-packages`: rows in deepctrl-sft-data's schema, made from the installed packages.
+The sources are streamed: a scan, the same as the stage that selects the rows makes, says when to stop. The cpu
+profile's source `python-packages` is no hub: it makes rows with the schemas of deepctrl-sft-data and COIG-P from the
+sources of the installed packages.
 """
 
+import json
+import shutil
+from collections.abc import Iterator
+from functools import cache
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
-from dsa import corpus
+from dsa import corpus, sources
+from dsa.scan import LongRows, Pairs, Scan, TooManyBadRows
 from stages import params
-from stages.common import measured, write_json, write_rows
+from stages.common import line_writer, measured, scratch, write_json
 
+RAW = Path("data/raw")
+PACKAGES = "python-packages"
 CORPUS_SEED = 0  # not the experiment's: another seed of the experiment trains on the same rows
+PAIR_CHARS = (900, 1_500, 1_300)  # of a pair's prompt: short, for a pair is two rows
+
+
+@cache
+def separated(packages: tuple[str, ...], test_fraction: float) -> tuple[list, list, int]:
+    return corpus.separate(corpus.source_files(list(packages)), test_fraction)
+
+
+class PythonPackages:
+    """A "hub" without a network, with the face of `dsa.sources.Dataset`."""
+
+    def __init__(self, make, packages: list[str], file_fraction: float, row_fraction: float, count: int, *options):
+        self.uri, self.revision, self.files, self.fetched_bytes = PACKAGES, None, [], 0
+        self.train, self.test, self.near_copies = separated(tuple(packages), file_fraction)
+        self.rows = make([self.train, self.test], [1 - row_fraction, row_fraction], count, CORPUS_SEED, *options)
+
+    def lines(self) -> Iterator[bytes]:
+        for row in self.rows:
+            yield json.dumps(row, ensure_ascii=False).encode()
+
+    def summary(self) -> dict:
+        return {
+            "train_files": len(self.train),
+            "test_files": len(self.test),
+            "test_files_dropped_as_near_copies": self.near_copies,
+            "test_families": sorted({file.family for file in self.test}),
+        }
+
+
+def fetch(name: str, dataset, scan: Scan, wanted: int) -> dict:
+    """Copy lines to data/raw/<name>.jsonl.gz until the scan has kept `wanted` rows, or to the end."""
+    with line_writer(RAW / f"{name}.jsonl.gz") as write, tqdm(total=wanted, desc=name, unit=" usable rows") as progress:
+
+        def copied() -> Iterator[bytes]:
+            for line in dataset.lines():
+                write(line)
+                yield line
+
+        for _ in islice(scan(copied()), wanted):
+            fetched = f"{scan.tally.scanned:,} rows, {dataset.fetched_bytes / 1e6:,.1f} MB fetched"
+            progress.set_postfix_str(fetched, refresh=False)
+            progress.update()
+    return {
+        "source": dataset.uri,
+        "revision": dataset.revision,
+        "files": [file if isinstance(file, dict) else vars(file) for file in dataset.files],
+        "fetched_bytes": dataset.fetched_bytes,
+        "complete": scan.tally.kept == wanted,
+        **scan.tally.summary(),
+    }
 
 
 def main() -> None:
-    data = params.load("download").data
-    if data.source != "python-packages":
-        raise params.ParamsError(f"data.source: {data.source!r} is not python-packages")
+    p = params.load("download")
+    data, preference = p.data, p.preference
     metrics: dict = {}
-    with measured(metrics):
-        train, test, near_copies = corpus.separate(corpus.source_files(data.packages), data.test_fraction)
-        shares = [1 - data.test_fraction, data.test_fraction]
-        rows = corpus.rows([train, test], shares, data.rows, CORPUS_SEED)
-        write_rows(Path("data/raw/sft.jsonl.gz"), tqdm(rows, total=data.rows, desc="rows"))
-    metrics |= {
-        "rows": data.rows,
-        "train_files": len(train),
-        "test_files": len(test),
-        "test_files_dropped_as_near_copies": near_copies,
-        "test_families": sorted({file.family for file in test}),
-    }
+    tokenizer = AutoTokenizer.from_pretrained("models/base")
+    spools: list[Path] = []
+
+    def open_source(uris: list[str], make, fraction: float, count: int | None, *options):
+        if PACKAGES not in uris:
+            spools.append(scratch("download", {"source": uris}, []))
+            return sources.open_dataset(uris, spools[-1])
+        if count is None:
+            raise params.ParamsError(f"profiles: the source {PACKAGES} needs the key rows")
+        return PythonPackages(make, data.packages, data.test_fraction, fraction, count, *options)
+
+    with measured(metrics), params.one_line(sources.SourceError, TooManyBadRows, ModuleNotFoundError):
+        long_rows = LongRows(tokenizer, data.max_length, data.max_bad_rows, data.min_tokens)
+        dataset = open_source(data.source, corpus.rows, data.test_fraction, data.rows)
+        metrics["sft"] = fetch("sft", dataset, long_rows, data.samples)
+        pairs = Pairs(tokenizer, preference.max_length, preference.max_bad_rows, preference.domains)
+        fraction = preference.test_fraction
+        dataset = open_source(preference.source, corpus.preference_rows, fraction, preference.rows, PAIR_CHARS)
+        metrics["preference"] = fetch("preference", dataset, pairs, preference.pairs)
+    if isinstance(dataset, PythonPackages):
+        metrics["python_packages"] = dataset.summary()
     write_json(Path("reports/data/download.json"), metrics)
+    for spool in spools:
+        shutil.rmtree(spool, ignore_errors=True)
 
 
 if __name__ == "__main__":

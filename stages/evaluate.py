@@ -14,8 +14,19 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from dsa import Qwen2DSAForCausalLM
-from dsa.data import IGNORE
-from dsa.evaluation import Heatmap, Predictions, answer_spans, attention_mass, correct, evidence_distance, predict
+from dsa.data import END_OF_TURN, IGNORE
+from dsa.evaluation import (
+    Heatmap,
+    Predictions,
+    answer_spans,
+    attention_mass,
+    correct,
+    evidence_distance,
+    greedy,
+    observe_dense,
+    predict,
+)
+from dsa.retrieval import lookups, right_tokens
 from stages import params
 from stages.common import measured, read_rows, write_json
 from stages.training import examples
@@ -36,23 +47,31 @@ GROUPS = {
     ),
     "dsa": ("models/dsa", {"dsa_oracle": {"selector": "oracle"}, "dsa": {"selector": "indexer"}}),
     "window": ("models/window", {"window_trained": {}}),
+    "dpo_dense": ("models/dpo-dense", {"dpo_dense": {}}),
+    "dpo_dsa": ("models/dpo-dsa", {"dpo_dsa": {}}),
 }
-PROMPT_TOKENS = 1800  # of a sample generation, from the end
+SHOWN = 128  # tokens of a sample answer
+RETRIEVAL_SEED = 0  # every arm and every seed of the experiment has the same questions
+
+
+def is_lookup(row: dict) -> bool:
+    """Whether a row asks for definitions in the text above: only the corpus of the cpu profile has such rows."""
+    return (row.get("type_keyword") or [None])[0] == "lookup"
 
 
 def summarize(tokenizer, rows: list[dict], texts: list[dict], predictions: list[Predictions]) -> tuple[dict, list]:
     """Held-out losses (nats a token), and each look-up with its distance and how much of it is right."""
     nll = torch.cat([p.nll for p in predictions])
     answers = torch.cat([torch.tensor(r["labels"][1:]) != IGNORE for r in rows])
-    lookups = []
+    lookups, end = [], tokenizer.convert_tokens_to_ids(END_OF_TURN)
     for row, text, prediction in zip(rows, texts, predictions, strict=True):
-        if text["type_keyword"][0] != "lookup":
+        if not is_lookup(text):
             continue
         ids = row["input_ids"]
         pieces = tokenizer.batch_decode([[i] for i in ids])
         for kind, span in zip(text["type_keyword"][1:], answer_spans(row["labels"]), strict=False):
             distance = evidence_distance(pieces, span)
-            whole = ids[span[1] - 1] == tokenizer.eos_token_id  # the length limit may have cut the last answer
+            whole = ids[span[1] - 1] == end  # the length limit may have cut the last answer
             if whole and distance is not None:
                 right = correct(prediction, ids, span)
                 share = right.float().mean().item()
@@ -70,29 +89,18 @@ def summarize(tokenizer, rows: list[dict], texts: list[dict], predictions: list[
 
 
 def generate(model: Qwen2DSAForCausalLM, tokenizer, rows: list[dict], texts: list[dict], count: int) -> list[dict]:
-    """Greedy answers to the first question of the first look-up rows and the truth beside them."""
+    """Greedy answers to the first question of the first look-up rows, or of any where there are none, and the truth."""
     samples = []
-    for row, text in zip(rows, texts, strict=True):
-        if len(samples) == count:
-            break
-        if text["type_keyword"][0] != "lookup":
-            continue
+    wanted = [row for row, text in zip(rows, texts, strict=True) if is_lookup(text)] or rows
+    for row in wanted[:count]:
         start, end = answer_spans(row["labels"])[0]
-        prompt = torch.tensor([row["input_ids"][:start]])
-        out = model.generate(
-            prompt.to(model.device),
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=end - start + 16,
-            do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        end = min(end, start + SHOWN)
         samples.append(
             {
                 "prompt_tokens": start,
                 "prompt_end": tokenizer.decode(row["input_ids"][max(0, start - 60) : start]),
                 "truth": tokenizer.decode(row["input_ids"][start:end]),
-                "answer": tokenizer.decode(out[0, start:]),
+                "answer": tokenizer.decode(greedy(model, row["input_ids"][:start], end - start + 16)),
             }
         )
     return samples
@@ -104,7 +112,7 @@ def main(group: str) -> None:
     model = Qwen2DSAForCausalLM.from_pretrained(path, dtype="float32").eval()
     if torch.cuda.is_available():
         model.cuda()
-    if group in ("warmup", "dsa", "window"):
+    if group not in ("dense", "dpo_dense"):
         model.config.index_topk = p.topk
     tokenizer = AutoTokenizer.from_pretrained(path)
     texts = list(read_rows(Path("data/long/test.jsonl.gz")))[: p.evaluate.rows]
@@ -137,6 +145,8 @@ def main(group: str) -> None:
                 arrays["lookup_kind"] = np.array([x["kind"] for x in lookups])
         if group in ("dense", "dsa"):
             metrics["generations"] = generate(model, tokenizer, rows, texts, p.evaluate.generations)
+        if group in ("dense", "dsa", "window"):
+            metrics["retrieval"] = retrieval(model, tokenizer, p.evaluate.retrieval)
         if group in ("warmup", "dsa"):
             metrics["selection"] = selection(model, rows[: p.evaluate.statistics_rows], p.topk)
         if group == "dsa":
@@ -155,6 +165,23 @@ def main(group: str) -> None:
     write_json(Path(f"reports/evaluate/{group}.json"), metrics)
 
 
+def retrieval(model: Qwen2DSAForCausalLM, tokenizer, grid) -> list[dict]:
+    """Key-value retrieval by length and depth: exact values, and the share of their tokens that is right."""
+    found = []
+    for length in grid.lengths:
+        cells: dict[float, list[torch.Tensor]] = {}
+        items = lookups(tokenizer, length, grid.depths, grid.rows, RETRIEVAL_SEED)
+        for i, item in enumerate(tqdm(items, desc=f"retrieval at {length}")):
+            place = i % grid.depths / max(1, grid.depths - 1)
+            cells.setdefault(place, []).append(right_tokens(model, item))
+        for place, right in cells.items():
+            exact = sum(bool(r.all()) for r in right) / len(right)
+            tokens = torch.cat(right).float().mean().item()
+            cell = {"length": length, "depth": place, "rows": len(right), "exact": exact, "tokens": round(tokens, 4)}
+            found.append(cell)
+    return found
+
+
 def selection(model: Qwen2DSAForCausalLM, rows: list[dict], topk: int) -> dict[str, list[float]]:
     """Mass@k, the oracle's mass@k and recall@k of each layer, means over the rows that are longer than k."""
     each = [attention_mass(model, torch.tensor([r["input_ids"]], device=model.device), topk) for r in rows]
@@ -164,10 +191,8 @@ def selection(model: Qwen2DSAForCausalLM, rows: list[dict], topk: int) -> dict[s
 def heatmap(model: Qwen2DSAForCausalLM, row: dict, queries: int = 256) -> dict[str, np.ndarray]:
     """The last queries of a row, middle layer: what attention wanted and what the indexer offers, [queries, keys]."""
     layer = model.config.num_hidden_layers // 2
-    observer, mode = Heatmap(layer, queries), model.config.attention_mode
-    model.config.attention_mode = "dense"
-    model.model(torch.tensor([row["input_ids"]], device=model.device), observer=observer, use_cache=False)
-    model.config.attention_mode = mode
+    observer = Heatmap(layer, queries)
+    observe_dense(model, torch.tensor([row["input_ids"]], device=model.device), observer)
     maps = {"heatmap_wanted": observer.wanted, "heatmap_offered": observer.offered}
     return {name: x.cpu().numpy().astype(np.float16) for name, x in maps.items()} | {"heatmap_layer": np.array(layer)}
 

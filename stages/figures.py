@@ -241,3 +241,42 @@ def cost_by_position(cost: dict, topk: int, path: Path) -> None:
         axis.set_title("decode" if kind == "decode" else "prefill, a block of queries")
         axis.legend()
     save(figure, path)
+
+
+def preference(curves: dict[str, pd.DataFrame], results: dict, path: Path) -> None:
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), width_ratios=(2, 2, 1.2))
+    for arm, curve in curves.items():
+        left.plot(curve["step"], curve["loss"], color=COLORS[arm], marker=".", label=LABELS[arm])
+        middle.plot(curve["step"], curve["rewards/margins"], color=COLORS[arm], marker=".", label=LABELS[arm])
+    left.axhline(np.log(2), color="#999999", linestyle=":", label="no preference, log 2")
+    left.set_ylabel("DPO loss (nats per pair)")
+    middle.set_ylabel("reward margin on the training pairs")
+    for axis in (left, middle):
+        axis.set_xlabel("step")
+        axis.legend()
+    for place, arm in enumerate(curves):
+        mean, error = results["arms"][arm]["accuracy"]
+        right.bar(place, 100 * mean, yerr=100 * error, color=COLORS[arm], width=0.6, capsize=4)
+    right.axhline(50, color="#999999", linestyle=":")
+    right.set_xticks(range(len(curves)), [LABELS[arm] for arm in curves])
+    right.set_ylabel("reward accuracy, held-out pairs (%)")
+    save(figure, path)
+
+
+def retrieval(grids: dict[str, list[dict]], path: Path) -> None:
+    """A heat map an arm: tokens of the value that are right, by length and depth."""
+    figure, axes = plt.subplots(1, len(grids), figsize=(4.2 * len(grids), 3.4), sharey=True)
+    for axis, (arm, cells) in zip(axes, grids.items(), strict=True):
+        table = pd.DataFrame(cells).pivot(index="depth", columns="length", values="tokens")
+        image = axis.imshow(100 * table, cmap="viridis", vmin=0, vmax=100, aspect="auto")
+        for y, row in enumerate(table.to_numpy()):
+            for x, value in enumerate(row):
+                axis.text(x, y, f"{100 * value:.0f}", ha="center", va="center", color="w" if value < 0.6 else "k")
+        axis.set_xticks(range(len(table.columns)), table.columns)
+        axis.set_yticks(range(len(table.index)), [f"{100 * depth:.0f} %" for depth in table.index])
+        axis.set_title(LABELS[arm])
+        axis.set_xlabel("context (tokens)")
+        axis.grid(False)
+    axes[0].set_ylabel("depth of the pair (0 %: the start)")
+    figure.colorbar(image, ax=axes, label="value's tokens right (%)", fraction=0.03)
+    save(figure, path)

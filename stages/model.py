@@ -1,18 +1,24 @@
 """Stage `model`: bring the base model to models/base."""
 
-import shutil
 from pathlib import Path
 
+from dsa import sources
 from stages import params
+from stages.common import measured, scratch, write_json
 
-NEEDED = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+OUT = Path("models/base")
 
 
 def main() -> None:
-    source = Path(params.load("model").model.source)
-    if missing := [name for name in NEEDED if not (source / name).is_file()]:
-        raise params.ParamsError(f"model.source: {source} has no {', '.join(missing)}")
-    shutil.copytree(source, "models/base", dirs_exist_ok=True)
+    p = params.load("model").model
+    metrics: dict = {}
+    spool = scratch("model", {"source": p.source}, [])
+    with measured(metrics), params.one_line(sources.SourceError):
+        metrics |= sources.fetch_model(p.source, OUT, spool)
+    for name, wanted in p.sha256.items():
+        if (found := metrics["files"].get(name, {}).get("sha256")) != wanted:
+            raise SystemExit(f"model.sha256: {name} from {metrics['source']} has {found}, expected {wanted}")
+    write_json(Path("reports/data/model.json"), metrics)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,21 @@
 An unknown key, a wrong type or a value out of range ends a stage with one line that names the key.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 Positive = Annotated[int, Field(gt=0)]
+Natural = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
+# URIs of dsa/sources.py, tried in order; a single one needs no brackets.
+Sources = Annotated[
+    list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value), Field(min_length=1)
+]
 
 
 class Section(BaseModel):
@@ -24,7 +31,8 @@ class Indexer(Section):
 
 
 class Model(Section):
-    source: str
+    source: Sources
+    sha256: dict[str, str] = {}  # of files, whatever the source
 
 
 class Phase(Section):
@@ -48,12 +56,24 @@ class Pretrain(Section):
 
 
 class Data(Section):
-    source: str
-    packages: list[str] = []
-    rows: Positive
+    source: Sources
+    packages: list[str] = []  # of the source python-packages
+    rows: Positive | None = None  # that the source python-packages offers
     min_tokens: Positive
     samples: Positive
     max_length: Positive
+    max_bad_rows: Natural
+    test_fraction: Rate
+    split_by: Literal["prompt", "data_source"]
+
+
+class Preference(Section):
+    source: Sources
+    rows: Positive | None = None  # that the source python-packages offers
+    domains: list[str] | None = None
+    pairs: Positive
+    max_length: Positive
+    max_bad_rows: Natural
     test_fraction: Rate
     split_by: Literal["prompt", "data_source"]
 
@@ -70,24 +90,47 @@ class SparseTraining(Training):
     indexer_learning_rate: Rate
 
 
+class DPO(Training):
+    beta: Annotated[float, Field(gt=0)]  # strength of the tie to the reference
+    indexer: Literal["frozen", "kl"]  # kept as it is, or trained on by its KL over the selected keys
+    held_out: Positive  # pairs
+    generations: Natural
+
+
+class Retrieval(Section):
+    lengths: list[Positive]
+    depths: Annotated[int, Field(gt=1)]
+    rows: Positive  # a length and depth
+
+
 class Evaluate(Section):
     rows: Positive  # held-out rows, the first so many
     control_rows: Positive  # of them, for the arms that were not trained and for the sweep
     topk_sweep: list[Positive]  # k at inference, without retraining
     statistics_rows: Positive  # of them, for mass and recall
-    generations: Annotated[int, Field(ge=0)]
+    retrieval: Retrieval
+    generations: Natural
 
 
 class Benchmark(Section):
     topk: list[Positive]  # beside the experiment's own
     decode: list[Positive]  # positions
     prefill: list[Positive]
+    train: list[Positive]  # lengths of a training step
     repeats: Positive
+
+
+class Harness(Section):
+    tasks: list[str]  # of lm-evaluation-harness; none: the stage does nothing
+    limit: Positive | None  # documents a task
+    fewshot: Natural | None
+    max_length: Positive
+    ruler_lengths: list[Positive]
 
 
 class Params(Section):
     profile: str
-    seed: Annotated[int, Field(ge=0)]
+    seed: Natural
     topk: Positive
     indexer: Indexer
     model: Model
@@ -96,12 +139,24 @@ class Params(Section):
     dense: Training
     warmup: Training
     sparse: SparseTraining
+    preference: Preference
+    dpo: DPO
     evaluate: Evaluate
+    harness: Harness
     benchmark: Benchmark
 
 
 class ParamsError(SystemExit):
     """Bad params; str() is the one line to show."""
+
+
+@contextmanager
+def one_line(*errors: type[Exception]) -> Iterator[None]:
+    """End the stage with the one line of an error that the user can do something about, and no traceback."""
+    try:
+        yield
+    except errors as error:
+        raise SystemExit(str(error)) from None
 
 
 class Declared:
@@ -153,24 +208,49 @@ def declared(stage: str, profile: str, root: Path = Path()) -> set[str]:
     return keys
 
 
-def load(stage: str | None = None, root: Path = Path()) -> Params:
+def merge(knobs: dict, scale: dict, file: str, prefix: str = "") -> dict:
+    """The two files as one. A key may be a section in both, but no value is in both."""
+    merged = knobs | scale
+    for key in knobs.keys() & scale.keys():
+        if not (isinstance(knobs[key], dict) and isinstance(scale[key], dict)):
+            raise ParamsError(f"{file}: {prefix}{key}: belongs to params.yaml only")
+        merged[key] = merge(knobs[key], scale[key], file, f"{prefix}{key}.")
+    return merged
+
+
+def holds(content: dict, path: tuple) -> bool:
+    """Whether a file has a value at `path`."""
+    for part in path:
+        if not isinstance(content, dict) or part not in content:
+            return isinstance(content, list)
+        content = content[part]
+    return True
+
+
+def load(stage: str | None = None, root: Path = Path(), profile: str | None = None) -> Params:
     """The validated params of the experiment at `root`: what dvc.yaml declares for `stage`, or all of them.
+
+    Args:
+        profile: instead of the one that params.yaml names, for a stage that belongs to a certain profile.
 
     Raises ParamsError, which ends a program with its one line.
     """
     knobs = read(root / "params.yaml")
-    profile = knobs.get("profile")
+    profile = profile or knobs.get("profile")
     if not isinstance(profile, str) or not (root / "profiles" / f"{profile}.yaml").is_file():
         known = ", ".join(sorted(p.stem for p in (root / "profiles").glob("*.yaml")))
         raise ParamsError(f"params.yaml: profile: no profile {profile!r}; there are: {known}")
-    scale = read(root / "profiles" / f"{profile}.yaml")
-    if twice := knobs.keys() & scale.keys():
-        raise ParamsError(f"profiles/{profile}.yaml: {', '.join(sorted(twice))}: belongs to params.yaml only")
+    file = f"profiles/{profile}.yaml"
+    scale = read(root / file)
     try:
-        params = Params.model_validate(knobs | scale)
+        params = Params.model_validate(merge(knobs, scale, file))
     except ValidationError as error:
         first = error.errors()[0]
-        file = "params.yaml" if first["loc"][0] in knobs else f"profiles/{profile}.yaml"
+        section = first["loc"][0]
+        if holds(knobs, first["loc"]) or section not in scale:
+            file = "params.yaml" if section in knobs else file
+        elif section in knobs and not holds(scale, first["loc"]):
+            file = f"params.yaml or {file}"
         key = ".".join(str(part) for part in first["loc"])
         raise ParamsError(f"{file}: {key}: {first['msg']} (got {first['input']!r})") from None
     return Declared(params, declared(stage, profile, root), stage) if stage else params

@@ -120,7 +120,7 @@ def collate(items: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    params = params_module.load("pretrain")
+    params = params_module.load("pretrain", profile="cpu")  # whatever profile is set
     cfg, data = params.pretrain, params.data
     train, test, _ = corpus.separate(corpus.source_files(data.packages), data.test_fraction)
     random.Random(params.seed).shuffle(train)

@@ -12,71 +12,25 @@ from importlib.metadata import version
 from pathlib import Path
 
 import markdown_it
-import numpy as np
 import pandas as pd
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from stages import figures, params
+from stages import figures, params, preference
 from stages.common import device_name, write_json
+from stages.statistics import Predictions
 
 REPORTS = Path("reports")
 FIGURES = REPORTS / "figures"
+GROUPS = ("dense", "warmup", "dsa", "window", "dpo_dense", "dpo_dsa")
 TRAINED = ("dense", "dsa", "window_trained")
 UNTRAINED = ("base", "oracle", "warmup", "sink_window", "window", "random")
+EMBEDDED = "data/base"
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "dvc", "trl")
 
 
 def read(path: str) -> dict:
     return json.loads((REPORTS / path).read_text(encoding="utf-8"))
-
-
-def mean_with_error(values: np.ndarray, rows: np.ndarray) -> tuple[float, float]:
-    """Mean of per-token values and its standard error with rows, not tokens, as the independent units."""
-    frame = pd.DataFrame({"row": rows, "value": values}).groupby("row")["value"].agg(["sum", "count"])
-    mean = frame["sum"].sum() / frame["count"].sum()
-    residual = frame["sum"] - mean * frame["count"]
-    n = len(frame)
-    return float(mean), float(np.sqrt(n / max(1, n - 1) * (residual**2).sum()) / frame["count"].sum())
-
-
-class Predictions:
-    """All arms' per-token predictions on the same held-out rows."""
-
-    def __init__(self, groups: tuple[str, ...]):
-        self.arrays: dict[str, np.ndarray] = {}
-        for group in groups:
-            with np.load(f"data/evaluate/{group}.npz") as file:
-                self.arrays |= {name: file[name] for name in file.files}
-        lengths = self.arrays["lengths"]
-        self.rows = np.repeat(np.arange(len(lengths)), lengths)
-        self.positions = np.concatenate([np.arange(1, n + 1) for n in lengths])
-        self.answers = self.arrays["answers"]
-
-    def nll(self, arm: str) -> np.ndarray:
-        return self.arrays[f"nll_{arm}"]
-
-    def gap(self, arm: str, reference: str, answers: bool = True) -> tuple[float, float]:
-        """Loss of an arm minus that of the reference on the same tokens, with standard error."""
-        n = min(len(self.nll(arm)), len(self.nll(reference)))  # an arm may have run on the first rows only
-        which = self.answers[:n] if answers else np.ones(n, dtype=bool)
-        return mean_with_error((self.nll(arm)[:n] - self.nll(reference)[:n])[which], self.rows[:n][which])
-
-    def lookups(self, what: str, arm: str, reference: str) -> tuple[float, float]:
-        """Look-ups answered exactly ("right"), or the share of their tokens that is right ("share"): the arm minus the
-        reference on the same ones, with standard error."""
-        ours, theirs = (self.arrays[f"{what}_{name}"].astype(float) for name in (arm, reference))
-        n = min(len(ours), len(theirs))
-        if n == 0:
-            return 0.0, 0.0
-        difference = ours[:n] - theirs[:n]
-        return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(n)) if n > 1 else 0.0
-
-    def agreement(self, arm: str, reference: str) -> float:
-        """Share of answer tokens whose likeliest token is the same."""
-        ours, theirs = self.arrays[f"argmax_{arm}"], self.arrays[f"argmax_{reference}"]
-        n = min(len(ours), len(theirs))
-        return float((ours[:n] == theirs[:n])[self.answers[:n]].mean())
 
 
 def compare(predictions: Predictions, arms: dict, names: tuple[str, ...], reference: str) -> list[dict]:
@@ -113,12 +67,12 @@ def git_commit() -> str:
     return done.stdout.strip()
 
 
-def stages_table(train: dict, evaluations: dict, others: dict) -> list[dict]:
+def stages_table(train: dict, dpo: dict, evaluations: dict, others: dict) -> list[dict]:
     """Wall time, memory and speed of each stage, from its own metrics."""
     rows = [{"stage": name, **m["run"]} for name, m in others.items()]
     rows += [
         {"stage": n, **m["run"], "tokens_per_second": m["tokens_per_second"], "tokens": m["tokens"]}
-        for n, m in train.items()
+        for n, m in (train | {f"dpo@{arm}": m for arm, m in dpo.items()}).items()
     ]
     rows += [{"stage": f"evaluate@{name}", **m["run"]} for name, m in evaluations.items()]
     return rows
@@ -137,9 +91,13 @@ def draw(p: params.Params, predictions: Predictions, tables: dict, selections: d
     figures.retrieval_by_distance(distance, shares, p.topk, FIGURES / "retrieval_by_distance.png")
     maps = (predictions.arrays["heatmap_wanted"], predictions.arrays["heatmap_offered"])
     figures.heatmap(*maps, int(predictions.arrays["heatmap_layer"]), FIGURES / "heatmap.png")
-    base = pd.read_csv("data/base/pretrain.csv")
-    held_out = json.loads(Path("data/base/pretrain.json").read_text())["held_out_loss"]
-    figures.base_curve(base, held_out, FIGURES / "base_curve.png")
+    if EMBEDDED in p.model.source:
+        base = pd.read_csv(f"{EMBEDDED}/pretrain.csv")
+        held_out = json.loads(Path(EMBEDDED, "pretrain.json").read_text())["held_out_loss"]
+        figures.base_curve(base, held_out, FIGURES / "base_curve.png")
+    dpo = {arm: pd.read_csv(REPORTS / f"dpo/{arm}.csv") for arm in preference.ARMS}
+    figures.preference(dpo, tables["preference"], FIGURES / "preference.png")
+    figures.retrieval(tables["retrieval"], FIGURES / "retrieval.png")
     figures.cost_by_position(cost, p.topk, FIGURES / "cost_by_position.png")
 
 
@@ -166,13 +124,13 @@ def to_html(markdown: str) -> str:
 
 def main() -> None:
     p = params.load("report")
-    evaluations = {name: read(f"evaluate/{name}.json") for name in ("dense", "warmup", "dsa", "window")}
+    evaluations = {name: read(f"evaluate/{name}.json") for name in GROUPS}
+    dpo = {arm: read(f"dpo/{arm}.json") for arm in preference.ARMS}
     train = {name: read(f"train/{name}.json") for name in ("dense", "warmup", "sparse", "window")}
-    data = {name: read(f"data/{name}.json") for name in ("download", "filter")}
+    data = {name: read(f"data/{name}.json") for name in ("model", "download", "filter", "pairs")}
     cost = read("benchmark/cost.json")
-    base = json.loads(Path("data/base/pretrain.json").read_text())
     curves = {name: pd.read_csv(REPORTS / f"train/{name}.csv") for name in train}
-    predictions = Predictions(("dense", "warmup", "dsa", "window"))
+    predictions = Predictions(GROUPS)
     arms = {arm: numbers for e in evaluations.values() for arm, numbers in e["arms"].items()}
     sweep = []
     for k, numbers in evaluations["dsa"]["topk_sweep"].items():
@@ -183,6 +141,11 @@ def main() -> None:
         "trained": compare(predictions, arms, TRAINED, "dense"),
         "untrained": compare(predictions, arms, UNTRAINED, "base"),
         "sweep": sweep,
+        "retrieval": {
+            arm: evaluations[group]["retrieval"]
+            for arm, group in (("dense", "dense"), ("dsa", "dsa"), ("window_trained", "window"))
+        },
+        "preference": preference.summarize(dpo, p.dpo.beta, predictions),
     }
     selections = {"warmup": evaluations["warmup"]["selection"], "dsa": evaluations["dsa"]["selection"]}
     FIGURES.mkdir(parents=True, exist_ok=True)
@@ -193,6 +156,7 @@ def main() -> None:
         "gap": {arm: round(rows[arm]["gap"], 4) for arm in rows},
         "retrieval": {arm: round(rows[arm]["retrieval"], 4) for arm in rows},
         "retrieval_tokens": {arm: round(rows[arm]["retrieval_tokens"], 4) for arm in rows},
+        "reward_accuracy": {a: round(n["accuracy"][0], 4) for a, n in tables["preference"]["arms"].items()},
     }
     context = {
         "p": p,
@@ -201,11 +165,12 @@ def main() -> None:
         **tables,
         "train": train,
         "data": data,
-        "base": base,
+        "base": json.loads(Path(EMBEDDED, "pretrain.json").read_text()) if EMBEDDED in p.model.source else None,
         "cost": cost,
+        "harness": {arm: read(f"harness/{arm}.json")["tasks"] for arm in preference.ARMS},
         "selections": selections,
         "generations": list(zip(evaluations["dense"]["generations"], evaluations["dsa"]["generations"], strict=True)),
-        "stages": stages_table(train, evaluations, data | {"benchmark": cost}),
+        "stages": stages_table(train, dpo, evaluations, data | {"benchmark": cost}),
         "oracle_gap": predictions.gap("dsa_oracle", "dense"),
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "device": device_name(),
@@ -214,6 +179,7 @@ def main() -> None:
     environment = Environment(
         loader=FileSystemLoader("stages"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.globals["zip"] = zip
     markdown = environment.get_template("report.md.jinja").render(context)
     (REPORTS / "report.md").write_text(markdown, encoding="utf-8")
     (REPORTS / "report.html").write_text(to_html(markdown), encoding="utf-8")

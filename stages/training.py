@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainingArguments
 
-from dsa.data import Collator, encode, messages_of, render
+from dsa.data import Collator, encode, end_ids, messages_of, render
 from dsa.modeling import Qwen2DSAForCausalLM
 from dsa.training import DSATrainer, MassProbe, Rows, TokenProgress, supports_bf16
 from stages.common import measured, read_rows, scratch, write_json
@@ -27,12 +27,15 @@ def examples(tokenizer, path: Path, max_length: int) -> list[dict]:
     return encode(tokenizer, conversations, max_length)
 
 
-def micro_batch(batch_size: int) -> int:
-    """Rows a forward pass, DSA_MICRO_BATCH or 1: what fits is the machine's business, the global batch the params'."""
-    wanted, world = int(os.environ.get("DSA_MICRO_BATCH", 1)), int(os.environ.get("WORLD_SIZE", 1))
-    if batch_size % (wanted * world):
-        raise ParamsError(f"batch_size: {batch_size} rows cannot be split over {world} processes of {wanted} rows")
-    return wanted
+def split_batch(batch_size: int) -> tuple[int, int]:
+    """Rows a forward pass, and forward passes a step, of each process.
+
+    The first is DSA_MICRO_BATCH or 1: what fits is the machine's business, the global batch the params'.
+    """
+    micro, world = int(os.environ.get("DSA_MICRO_BATCH", 1)), int(os.environ.get("WORLD_SIZE", 1))
+    if batch_size % (micro * world):
+        raise ParamsError(f"batch_size: {batch_size} rows cannot be split over {world} processes of {micro} rows")
+    return micro, batch_size // (micro * world)
 
 
 def use_all_cores() -> None:
@@ -57,6 +60,58 @@ def last_checkpoint(folder: Path) -> str | None:
     return None
 
 
+def trainer_options(section: Training, folder: Path, seed: int) -> dict:
+    """What TrainingArguments, and TRL's configs on top of them, take from a stage's params and this machine."""
+    micro, accumulation = split_batch(section.batch_size)
+    return {
+        "output_dir": str(folder),
+        "seed": seed,
+        "max_steps": section.steps,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": accumulation,
+        "learning_rate": section.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": max(1, section.steps // 10),
+        "weight_decay": section.weight_decay,
+        "adam_beta2": 0.95,
+        "max_grad_norm": 1.0,
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": supports_bf16(),
+        "activation_checkpointing": section.gradient_checkpointing,
+        "logging_steps": 1,
+        "save_steps": max(1, section.steps // CHECKPOINTS),
+        "save_total_limit": 2,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "disable_tqdm": False,
+        "report_to": "none",
+    }
+
+
+def run(trainer: Trainer, folder: Path, tokens_per_step: float) -> dict:
+    """Train, from the last checkpoint in `folder` if there is one. Returns the run's metrics."""
+    trainer.pop_callback(next(c for c in trainer.callback_handler.callbacks if "Progress" in type(c).__name__))
+    trainer.add_callback(TokenProgress(tokens_per_step))
+    checkpoint = last_checkpoint(folder)
+    resumed_at = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    steps = trainer.args.max_steps
+    return {
+        "tokens": round(steps * tokens_per_step),
+        "tokens_per_second": round((steps - resumed_at) * tokens_per_step / result.metrics["train_runtime"]),
+        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "resumed_at_step": resumed_at,
+        "precision": "bfloat16 autocast" if trainer.args.bf16 else "float32",
+    }
+
+
+def first_and_last(curve: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Means of a curve's columns over its first and its last tenth."""
+    tenth = max(1, len(curve) // 10)
+    ends = {"first": curve.iloc[:tenth], "last": curve.iloc[-tenth:]}
+    return {name: end.mean().drop("step").round(4).to_dict() for name, end in ends.items()}
+
+
 def train(
     stage: str,
     model: Qwen2DSAForCausalLM,
@@ -78,74 +133,37 @@ def train(
     folder = scratch(stage, settings, [LONG, *inputs])
     with measured(metrics):
         tokenizer = AutoTokenizer.from_pretrained(inputs[0])
+        model.generation_config.eos_token_id = end_ids(tokenizer)
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
         rows = examples(tokenizer, LONG / "train.jsonl.gz", max_length)
         held_out = examples(tokenizer, LONG / "test.jsonl.gz", max_length)
-        tokens = section.batch_size * sum(len(row["input_ids"]) for row in rows) / len(rows)
-        micro = micro_batch(section.batch_size)
-        arguments = TrainingArguments(
-            output_dir=str(folder),
-            seed=seed,
-            max_steps=section.steps,
-            per_device_train_batch_size=micro,
-            gradient_accumulation_steps=section.batch_size // (micro * int(os.environ.get("WORLD_SIZE", 1))),
-            learning_rate=section.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=max(1, section.steps // 10),
-            weight_decay=section.weight_decay,
-            adam_beta2=0.95,
-            max_grad_norm=1.0,
-            use_cpu=not torch.cuda.is_available(),
-            bf16=supports_bf16(),
-            gradient_checkpointing=section.gradient_checkpointing,
-            logging_steps=1,
-            save_steps=max(1, section.steps // CHECKPOINTS),
-            save_total_limit=2,
-            remove_unused_columns=False,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            disable_tqdm=False,
-            report_to="none",
-        )
         trainer = DSATrainer(
             model,
-            arguments,
+            TrainingArguments(**trainer_options(section, folder, seed)),
             train_dataset=Rows(rows),
             data_collator=Collator(tokenizer.pad_token_id),
             indexer_learning_rate=indexer_learning_rate,
         )
-        trainer.pop_callback(next(c for c in trainer.callback_handler.callbacks if "Progress" in type(c).__name__))
-        trainer.add_callback(TokenProgress(tokens))
         if trainer.trains_indexer:
             trainer.add_callback(MassProbe(held_out[0], every=max(1, section.steps // 10)))
-        resume = last_checkpoint(folder)
-        result = trainer.train(resume_from_checkpoint=resume)
+        tokens = section.batch_size * sum(len(row["input_ids"]) for row in rows) / len(rows)
+        result = run(trainer, folder, tokens)
     if not trainer.is_world_process_zero():
         return
     trainer.model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    curve = write_curve(trainer.state.log_history, Path(f"reports/train/{stage}.csv"))
-    seconds = result.metrics["train_runtime"]
-    metrics |= {
-        "rows": section.steps * section.batch_size,
-        "tokens": round(section.steps * tokens),
-        "tokens_per_second": round(
-            (section.steps - (int(resume.rsplit("-", 1)[1]) if resume else 0)) * tokens / seconds
-        ),
-        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "resumed_at_step": int(resume.rsplit("-", 1)[1]) if resume else 0,
-        "precision": "bfloat16 autocast" if arguments.bf16 else "float32",
-        "first": curve.iloc[: max(1, len(curve) // 10)].mean().drop("step").round(4).to_dict(),
-        "last": curve.iloc[-max(1, len(curve) // 10) :].mean().drop("step").round(4).to_dict(),
-    }
+    curve = write_curve(trainer.state.log_history, Path(f"reports/train/{stage}.csv"), LOGGED)
+    metrics |= {"rows": section.steps * section.batch_size} | result | first_and_last(curve)
     write_json(Path(f"reports/train/{stage}.json"), metrics)
     shutil.rmtree(folder, ignore_errors=True)
     gc.collect()
 
 
-def write_curve(history: list[dict], path: Path) -> pd.DataFrame:
-    """One line an optimiser step: the loss's parts, learning rate, gradient norm, and mass where it was probed."""
+def write_curve(history: list[dict], path: Path, logged: tuple[str, ...]) -> pd.DataFrame:
+    """One line an optimiser step: what is `logged`, and a layer's KL, and its mass where it was probed."""
     steps = pd.DataFrame(history).groupby("step").first().reset_index()
     # Sorted: a history that went through a checkpoint has its keys in another order.
-    names = ["step", *sorted(c for c in steps if c in LOGGED or "_layer_" in c)]
+    names = ["step", *sorted(c for c in steps if c in logged or "_layer_" in c)]
     curve = steps[steps["learning_rate"].notna()][names]
     path.parent.mkdir(parents=True, exist_ok=True)
     curve.to_csv(path, index=False, float_format="%.6g")

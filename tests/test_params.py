@@ -40,7 +40,8 @@ def test_every_profile_is_valid(root, profile):
         ({"tok": 3}, "tok"),
         ({"profile": "gpu"}, "profile"),
         ({"profile": None}, "profile"),
-        ({"dense": {}}, "dense"),
+        ({"dense": {"steps": 3}}, "dense.steps"),
+        ({"dpo": {"beta": 0.1}}, "dpo.indexer"),
     ],
 )
 def test_bad_params_end_with_one_line_that_names_the_key(root, changes, key):

@@ -15,7 +15,10 @@ import yaml
 from tests.conftest import ROOT
 
 BIN = Path(sys.executable).parent
-KNOB_FREE = {"pretrain", "model", "download", "filter", "dense", "warmup", "evaluate@dense"}
+KNOB_FREE = {"pretrain", "model", "download", "filter", "pairs", "dense", "warmup", "dpo@dense"}
+KNOB_FREE |= {"evaluate@dense", "evaluate@dpo_dense"}
+USES_TOPK = {"sparse", "window", "evaluate@warmup", "evaluate@dsa", "evaluate@window", "evaluate@dpo_dsa"}
+USES_TOPK |= {"benchmark", "report"}
 
 
 def run(command, cwd, check=True, **env):
@@ -26,10 +29,8 @@ def run(command, cwd, check=True, **env):
     return done
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory):
+def copy_of_project(target):
     """A fresh copy of the project's files in a repository without a git identity."""
-    target = tmp_path_factory.mktemp("clone") / "project"
     files = run(["git", "ls-files", "-co", "--exclude-standard"], ROOT).stdout.splitlines()
     for name in files:
         if (ROOT / name).is_file():
@@ -39,6 +40,11 @@ def clone(tmp_path_factory):
     run(["git", "add", "-A"], target)
     run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "a"], target)
     return target
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    return copy_of_project(tmp_path_factory.mktemp("clone") / "project")
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +112,7 @@ def resolved(clone):
 def test_topk_reruns_what_uses_it_and_nothing_else(clone):
     stages = resolved(clone)
     changed = would_run(clone, ("params.yaml", lambda c: c.update(topk=1024)))
-    assert changed == {"sparse", "window", "evaluate@warmup", "evaluate@dsa", "evaluate@window", "benchmark", "report"}
+    assert changed == USES_TOPK
     assert not downstream(stages, changed) & KNOB_FREE
 
 
@@ -114,7 +120,21 @@ def test_the_indexer_leaves_data_and_baseline_alone(clone):
     changed = would_run(clone, ("params.yaml", lambda c: c["indexer"].update(n_heads=8)))
     assert changed == {"warmup", "benchmark", "report"}
     reached = downstream(resolved(clone), changed)
-    assert "sparse" in reached and not reached & {"dense", "window", "filter", "download", "evaluate@dense"}
+    assert "sparse" in reached and not reached & {
+        "dense",
+        "window",
+        "filter",
+        "download",
+        "evaluate@dense",
+        "dpo@dense",
+    }
+
+
+def test_preference_knobs_rerun_what_reads_them(clone):
+    changed = would_run(clone, ("params.yaml", lambda c: c["dpo"].update(beta=0.2)))
+    assert changed == {"dpo@dense", "dpo@dsa", "report"}
+    changed = would_run(clone, ("params.yaml", lambda c: c["dpo"].update(indexer="kl")))
+    assert changed == {"dpo@dsa", "report"}
 
 
 def test_a_profile_leaf_reruns_the_stage_that_reads_it(clone):
@@ -219,6 +239,6 @@ def test_exp_run_of_a_variant_runs_only_what_depends_on_it(smoke, no_identity):
     run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "smoke"], smoke)
     done = run(["dvc", "exp", "run", "-S", "topk=1024"], smoke, **no_identity)
     ran = {line.split("'")[1] for line in done.stdout.splitlines() if line.startswith("Running stage")}
-    assert ran == {"sparse", "window", "evaluate@warmup", "evaluate@dsa", "evaluate@window", "benchmark", "report"}
+    assert ran == USES_TOPK | {"dpo@dsa"}  # its model changed
     shown = json.loads(run(["dvc", "metrics", "show", "--json"], smoke).stdout)
     assert "reports/summary.json" in shown[""]["data"]

@@ -1,0 +1,134 @@
+"""Training steps of the full profile at full size, with random weights: time and memory, measured and computed.
+
+    python -m benchmarks.full_size CONFIG.json --lengths 2048 4096
+
+CONFIG.json is the published config of Qwen2.5-0.5B (models/base/config.json after the stage `model`). One row a step,
+as the stages do it: autocast to bfloat16, AdamW. Each step runs in a process of its own, for its peak memory.
+Writes reports/speed/full_size.json, on a GPU reports/gpu/full_size.json.
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from dsa import from_dense
+from dsa.training import freeze, supports_bf16
+from stages.common import device_name, write_json
+
+STAGES = ("dense", "warmup", "sparse")
+GB = 2**30
+
+
+def build(config: Path, stage: str, topk: int, checkpointing: bool):
+    model = from_dense(
+        Qwen2ForCausalLM(Qwen2Config.from_pretrained(config)),
+        topk=topk,
+        n_heads=0 if stage == "dense" else 4,
+        head_dim=64,
+        attention_mode="sparse" if stage == "sparse" else "dense",
+    )
+    freeze(model, backbone=stage == "warmup", indexer=False)
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    return model.train()
+
+
+def step_seconds(config: Path, stage: str, length: int, topk: int, repeats: int, checkpointing: bool, pipe) -> None:
+    """Runs in its own process; sends what it measured."""
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = build(config, stage, topk, checkpointing).to(device)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    ids = torch.randint(0, model.config.vocab_size, (1, length), device=device)
+    inputs = {"logits_to_keep": 1} if stage == "warmup" else {"labels": ids}
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=supports_bf16()):
+            outputs = model(ids, use_cache=False, output_indexer_kl=stage != "dense", **inputs)
+        loss = sum(x.sum() for x in (outputs.loss, getattr(outputs, "indexer_kl", None)) if x is not None)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else host
+    pipe.send({"seconds": round(median(times[1:]), 3), "peak_gb": round(peak / GB, 2)})
+
+
+def computed_gb(config: dict, stage: str, length: int, checkpointing: bool) -> dict[str, float]:
+    """What a training step holds on a GPU, by arithmetic: float32 master weights, bfloat16 activations, one row.
+
+    Of a layer, backward needs its input, the two norms' outputs and inputs, q, k, v, attention's output, and of the MLP
+    gate, up, the activation and the product; with checkpointing only its input. Autocast keeps a bfloat16 copy of the
+    weights. Logits are held in bfloat16, in float32 and as their gradient. The warm-up keeps nothing of the backbone.
+    """
+    hidden, heads, vocabulary = config["hidden_size"], config["num_attention_heads"], config["vocab_size"]
+    kv = config["num_key_value_heads"] * hidden // heads
+    layers, wide = config["num_hidden_layers"], config["intermediate_size"]
+    backbone = vocabulary * hidden + layers * (2 * hidden * (hidden + kv) + 3 * hidden * wide)
+    indexer = layers * hidden * (4 * 64 + 64 + 4)
+    trained = {"dense": backbone, "warmup": indexer, "sparse": backbone + indexer}[stage]
+    layer = 2 * length * hidden if checkpointing else length * (2 * (6 * hidden + 2 * kv + 4 * wide) + 4 * 2 * hidden)
+    held = {
+        "weights": 4 * (backbone + (indexer if stage != "dense" else 0)),
+        "autocast_copies": 2 * backbone,
+        "gradients_and_adam": 12 * trained,
+        "activations": 0 if stage == "warmup" else layers * layer,
+        "logits": 0 if stage == "warmup" else length * vocabulary * (2 + 4 + 4),
+        "slab": 0 if stage == "dense" else 3 * 4 * 2**24,  # dsa.masks.SLAB_ELEMENTS
+    }
+    return {name: round(value / GB, 2) for name, value in held.items()} | {"total": round(sum(held.values()) / GB, 2)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096])
+    parser.add_argument("--topk", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--checkpointing", action="store_true")
+    args = parser.parse_args()
+    config = json.loads(args.config.read_text())
+    spawn = multiprocessing.get_context("spawn")
+    rows = []
+    for length in args.lengths:
+        for stage in STAGES:
+            ours, theirs = spawn.Pipe()
+            options = (args.config, stage, length, args.topk, args.repeats, args.checkpointing, theirs)
+            process = spawn.Process(target=step_seconds, args=options)
+            process.start()
+            theirs.close()
+            try:
+                found = ours.recv()
+            except EOFError:
+                found = {"failed": "the process ended before its time, most likely for want of memory"}
+            process.join()
+            if "seconds" in found:
+                found["tokens_per_second"] = round(length / found["seconds"])
+            computed = computed_gb(config, stage, length, args.checkpointing)
+            rows.append({"stage": stage, "length": length, **found, "computed_gpu_gb": computed})
+            print(rows[-1], flush=True)
+    gpu = torch.cuda.is_available()
+    result = {
+        "device": torch.cuda.get_device_name() if gpu else device_name(),
+        "torch": torch.__version__,
+        "precision": "bfloat16 autocast" if supports_bf16() else "float32",
+        "topk": args.topk,
+        "checkpointing": args.checkpointing,
+        "rows": rows,
+    }
+    write_json(Path("reports/gpu" if gpu else "reports/speed", "full_size.json"), result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Stage `dpo@<arm>`: preference optimisation of the dense baseline or of the DSA model, same rows, budget and seed.
+
+The reference is the arm's own model before the stage; its log-probabilities are computed once. Sparse attention stays
+on in policy and reference of the DSA arm.
+"""
+
+import shutil
+import sys
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer
+from trl import DPOConfig
+
+from dsa import Qwen2DSAForCausalLM
+from dsa.evaluation import greedy
+from dsa.preference import DSADPOTrainer, as_dataset, score_pair, tokenize_pair
+from dsa.training import freeze
+from stages import params
+from stages.common import measured, read_rows, scratch, write_json
+from stages.training import first_and_last, run, trainer_options, use_all_cores, write_curve
+
+PAIRS = Path("data/pairs")
+LOGGED = ("loss", "rewards/accuracies", "rewards/margins", "kl", "learning_rate", "grad_norm")
+
+
+def main(arm: str) -> None:
+    p = params.load(f"dpo@{arm}")
+    dpo, source = p.dpo, Path("models") / arm
+    use_all_cores()
+    metrics: dict = {}
+    settings = dpo.model_dump() | {"seed": p.seed, "max_length": p.preference.max_length}
+    folder = scratch(f"dpo-{arm}", settings, [PAIRS, source])
+    with measured(metrics):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = Qwen2DSAForCausalLM.from_pretrained(source, dtype="float32")
+        trains_indexer = model.config.index_n_heads > 0 and dpo.indexer == "kl"
+        freeze(model, backbone=False, indexer=not trains_indexer)
+        pairs = list(islice(read_rows(PAIRS / "train.jsonl.gz"), dpo.steps * dpo.batch_size))
+        held_out = list(islice(read_rows(PAIRS / "test.jsonl.gz"), dpo.held_out))
+        options = DPOConfig(
+            **trainer_options(dpo, folder, p.seed),
+            beta=dpo.beta,
+            max_length=p.preference.max_length,
+            precompute_ref_log_probs=True,
+            disable_dropout=True,
+        )
+        trainer = DSADPOTrainer(
+            model,
+            args=options,
+            train_dataset=as_dataset(pairs),
+            eval_dataset=None,
+            processing_class=tokenizer,
+        )
+        examples = trainer.train_dataset
+        lengths = [2 * len(e["prompt_ids"]) + len(e["chosen_ids"]) + len(e["rejected_ids"]) for e in examples]
+        result = run(trainer, folder, dpo.batch_size * sum(lengths) / len(lengths))
+        if not trainer.is_world_process_zero():
+            return
+        test = [tokenize_pair(tokenizer, pair) for pair in held_out]
+        reference = Qwen2DSAForCausalLM.from_pretrained(source, dtype="float32").eval().to(model.device)
+        model.eval()
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=options.bf16):
+            scores = [score_pair(model, reference, example) for example in tqdm(test, desc="held-out pairs")]
+            samples = [
+                {
+                    "prompt_end": tokenizer.decode(example["prompt_ids"][-60:]),
+                    "chosen": tokenizer.decode(example["chosen_ids"]),
+                    "before": tokenizer.decode(greedy(reference, example["prompt_ids"], 64)),
+                    "after": tokenizer.decode(greedy(model, example["prompt_ids"], 64)),
+                }
+                for example in test[: dpo.generations]
+            ]
+    model.save_pretrained(f"models/dpo-{arm}")
+    tokenizer.save_pretrained(f"models/dpo-{arm}")
+    curve = write_curve(trainer.state.log_history, Path(f"reports/dpo/{arm}.csv"), LOGGED)
+    margins = np.array([s.margin for s in scores])
+    prompts = {str(pair["prompt"]): number for number, pair in enumerate(held_out)}
+    out = Path(f"data/dpo/{arm}.npz")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(
+        out,
+        margin=margins,
+        before=np.array([s.reference_chosen - s.reference_rejected for s in scores]),
+        chosen=np.array([s.policy_chosen - s.reference_chosen for s in scores]),
+        kl=np.array([s.kl for s in scores]),
+        tokens=np.array([s.tokens for s in scores]),
+        prompt=np.array([prompts[str(pair["prompt"])] for pair in held_out]),
+    )
+    metrics |= {
+        "pairs": len(pairs),
+        "held_out_pairs": len(scores),
+        **result,
+        "reward_accuracy": round(float((margins > 0).mean()), 4),
+        "reward_margin": round(float(dpo.beta * margins.mean()), 4),
+        **first_and_last(curve),
+        "generations": samples,
+    }
+    write_json(Path(f"reports/dpo/{arm}.json"), metrics)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

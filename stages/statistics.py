@@ -1,0 +1,52 @@
+"""Differences between arms on the same held-out tokens, with standard errors."""
+
+import numpy as np
+import pandas as pd
+
+
+def mean_with_error(values: np.ndarray, rows: np.ndarray) -> tuple[float, float]:
+    """Mean of per-token values and its standard error with rows, not tokens, as the independent units."""
+    frame = pd.DataFrame({"row": rows, "value": values}).groupby("row")["value"].agg(["sum", "count"])
+    mean = frame["sum"].sum() / frame["count"].sum()
+    residual = frame["sum"] - mean * frame["count"]
+    n = len(frame)
+    return float(mean), float(np.sqrt(n / max(1, n - 1) * (residual**2).sum()) / frame["count"].sum())
+
+
+class Predictions:
+    """All arms' per-token predictions on the same held-out rows."""
+
+    def __init__(self, groups: tuple[str, ...]):
+        self.arrays: dict[str, np.ndarray] = {}
+        for group in groups:
+            with np.load(f"data/evaluate/{group}.npz") as file:
+                self.arrays |= {name: file[name] for name in file.files}
+        lengths = self.arrays["lengths"]
+        self.rows = np.repeat(np.arange(len(lengths)), lengths)
+        self.positions = np.concatenate([np.arange(1, n + 1) for n in lengths])
+        self.answers = self.arrays["answers"]
+
+    def nll(self, arm: str) -> np.ndarray:
+        return self.arrays[f"nll_{arm}"]
+
+    def gap(self, arm: str, reference: str, answers: bool = True) -> tuple[float, float]:
+        """Loss of an arm minus that of the reference on the same tokens, with standard error."""
+        n = min(len(self.nll(arm)), len(self.nll(reference)))  # an arm may have run on the first rows only
+        which = self.answers[:n] if answers else np.ones(n, dtype=bool)
+        return mean_with_error((self.nll(arm)[:n] - self.nll(reference)[:n])[which], self.rows[:n][which])
+
+    def lookups(self, what: str, arm: str, reference: str) -> tuple[float, float]:
+        """Look-ups answered exactly ("right"), or the share of their tokens that is right ("share"): the arm minus the
+        reference on the same ones, with standard error."""
+        ours, theirs = (self.arrays[f"{what}_{name}"].astype(float) for name in (arm, reference))
+        n = min(len(ours), len(theirs))
+        if n == 0:
+            return 0.0, 0.0
+        difference = ours[:n] - theirs[:n]
+        return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(n)) if n > 1 else 0.0
+
+    def agreement(self, arm: str, reference: str) -> float:
+        """Share of answer tokens whose likeliest token is the same."""
+        ours, theirs = self.arrays[f"argmax_{arm}"], self.arrays[f"argmax_{reference}"]
+        n = min(len(ours), len(theirs))
+        return float((ours[:n] == theirs[:n])[self.answers[:n]].mean())

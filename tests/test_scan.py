@@ -1,0 +1,208 @@
+"""Which rows are kept, which are left out and why, and that the pass stops."""
+
+import json
+from itertools import islice
+
+import pytest
+from transformers import AutoTokenizer
+
+from dsa.data import BadRow, encode, messages_of, pair_of, render
+from dsa.scan import LongRows, Pairs, TooManyBadRows, parse
+from tests.conftest import ROOT, SHARED
+
+QWEN = SHARED / "data/qwen2.5-0.5b"
+needs_shared = pytest.mark.skipif(not QWEN.exists(), reason="the shared data are not here")
+# By file: rows, and rows over 1024 tokens with Qwen2.5's tokenizer and default system turn (shared/data/README.md).
+LONG = {
+    "alpaca_zh_demo": (669, 0),
+    "alpaca_en_demo": (638, 0),
+    "sharegpt_zh_100": (63, 21),
+    "moss_conversations": (419, 323),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ROOT / "data/base")
+
+
+def lines(rows):
+    return [json.dumps(row, ensure_ascii=False).encode() for row in rows]
+
+
+def row(words, **more):
+    return {"instruction": "Say it.", "input": "", "output": "word " * words, "history": [], **more}
+
+
+def plain_loop(tokenizer, raw, min_tokens):
+    """Slow and obviously right: every row, one tokenizer call each."""
+    found = []
+    for number, line in enumerate(raw):
+        try:
+            conversation = render(tokenizer, messages_of(parse(line)))
+        except BadRow:
+            continue
+        (example,) = encode(tokenizer, [conversation])
+        if len(example["input_ids"]) > min_tokens:
+            found.append((number, len(example["input_ids"])))
+    return found
+
+
+def test_the_same_rows_as_the_plain_loop(tokenizer):
+    """On the edge, where the shortcut by bytes would first be wrong."""
+    raw = lines([row(n) for n in range(1, 180, 2)])
+    raw += lines([row(n, output="e\u0301" * n) for n in (5, 60, 120)])  # composes to fewer characters
+    raw += lines([row(n, output="\u0958" * n) for n in (5, 60, 120)])  # normalisation makes two characters of one
+    raw += lines([row(3, history=[["a" * n, "b"]] * n) for n in range(1, 30)])
+    for min_tokens in (150, 151, 200, 300):
+        scan = LongRows(tokenizer, 10_000, 0, min_tokens)
+        kept = [(r.number, r.tokens) for r in scan(raw)]
+        assert kept == plain_loop(tokenizer, raw, min_tokens)
+        assert 0 < len(kept) < len(raw)
+        assert scan.tally.scanned == len(raw) and scan.tally.tokenised < len(raw)
+
+
+@needs_shared
+@pytest.mark.parametrize("name", LONG)
+def test_counts_on_real_rows(name):
+    tokenizer = AutoTokenizer.from_pretrained(QWEN)
+    raw = (SHARED / f"data/sft/{name}.jsonl").read_bytes().splitlines()
+    scan = LongRows(tokenizer, 4096, 0, 1024)
+    kept = list(scan(raw))
+    assert (scan.tally.scanned, len(kept) + scan.tally.left_out["no answer within 4096 tokens"]) == LONG[name]
+    if name == "sharegpt_zh_100":  # the smallest one, by the slow way too
+        assert [(r.number, r.tokens) for r in kept] == plain_loop(tokenizer, raw, 1024)
+
+
+def test_the_pass_stops_at_the_last_wanted_row(tokenizer):
+    read = []
+
+    def source():
+        for number in range(100_000):
+            read.append(number)
+            yield lines([row(400 if number % 3 == 0 else 5)])[0]
+
+    scan = LongRows(tokenizer, 10_000, 0, 100)
+    kept = list(islice(scan(source()), 4))
+    assert [r.number for r in kept] == [0, 3, 6, 9]
+    assert scan.tally.scanned == 10 and scan.tally.kept == 4 and len(read) <= 1024
+
+
+BAD = [
+    (b"{", "malformed JSON"),
+    (b"", "malformed JSON"),
+    (b"\xff\xfe{}", "not UTF-8"),
+    (b'{"instruction": "a", "output": "\\ud800"}', "not UTF-8"),
+    (b'{"instruction": "a", "output": NaN}', "output is not a string"),
+    (b"[1]", "not an object"),
+    (b'{"text": "a"}', "unknown schema"),
+    (b'{"instruction": "a", "output": " "}', "no answer"),
+    (b'{"instruction": "a", "output": "b", "history": [["c"]]}', "history is not a list of [user, assistant] pairs"),
+]
+
+
+def test_bad_rows_are_counted_with_their_numbers_and_lose_nothing(tokenizer):
+    good = lines([row(200)])[0]
+    raw = [good]
+    for line, _ in BAD:
+        raw += [line, good]
+    scan = LongRows(tokenizer, 10_000, len(BAD), 100)
+    assert [r.number for r in scan(raw)] == list(range(0, len(raw), 2))
+    summary = scan.tally.summary()
+    listed = {n: reason for reason, bad in summary["bad_rows"].items() for n in bad["row_numbers"]}
+    assert listed == {2 * i + 1: reason for i, (_, reason) in enumerate(BAD)}
+    assert summary["kept"] == len(BAD) + 1 and summary["scanned"] == 2 * len(BAD) + 1
+
+
+def test_too_many_bad_rows_stop_the_pass_and_say_why(tokenizer):
+    raw = lines([row(200)]) + [b"{"] * 5
+    with pytest.raises(TooManyBadRows, match=r"3 of the first 4 rows .* max_bad_rows = 2: 3 malformed JSON .*row 1"):
+        list(LongRows(tokenizer, 1000, 2, 100)(raw))
+
+
+def test_truncation_leaves_no_row_without_an_answer(tokenizer):
+    late = row(3, input="far " * 300)
+    early = row(600, input="near")
+    scan = LongRows(tokenizer, 128, 0, 100)
+    kept = list(scan(lines([late, early])))
+    assert [r.number for r in kept] == [1]
+    assert scan.tally.left_out == {"no answer within 128 tokens": 1}
+    (example,) = encode(tokenizer, [render(tokenizer, messages_of(kept[0].row))], 128)
+    assert any(label != -100 for label in example["labels"])
+    assert "near" in tokenizer.decode(example["input_ids"])  # the prompt is whole
+
+
+def published(prompt="p", chosen="good", rejected="bad", **more):
+    return {
+        "conversations": [{"from": "human", "value": prompt}],
+        "chosen": {"from": "gpt", "value": chosen},
+        "rejected": {"from": "gpt", "value": rejected},
+        **more,
+    }
+
+
+def as_lists(prompt="p", chosen="good", rejected="bad", **more):
+    user = {"role": "user", "content": prompt}
+    return {
+        "chosen": [user, {"role": "assistant", "content": chosen}],
+        "rejected": [user, {"role": "assistant", "content": rejected}],
+        **more,
+    }
+
+
+def test_both_published_forms_of_a_pair_are_the_same():
+    assert pair_of(published(domain="Chat")) == pair_of(as_lists(domain="Chat"))
+    assert pair_of(published())["chosen"] == [{"role": "assistant", "content": "good"}]
+
+
+@pytest.mark.parametrize(
+    "bad,reason",
+    [
+        ([], "not an object"),
+        ({"prompt": "p"}, "unknown schema"),
+        (published() | {"chosen": None}, "chosen is not a list of messages"),
+        (published() | {"chosen": {"from": "gpt"}}, "chosen has a message of unknown schema"),
+        (published() | {"chosen": {"from": "human", "value": "x"}}, "an answer is not the assistant's"),
+        (published() | {"rejected": as_lists()["rejected"]}, "an answer is not one message"),
+        (as_lists() | {"rejected": as_lists("q")["rejected"]}, "the two prompts differ"),
+        (published(prompt=" "), "no prompt"),
+        (published() | {"conversations": []}, "no prompt"),
+    ],
+)
+def test_pairs_of_another_shape_are_refused_with_a_reason(bad, reason):
+    with pytest.raises(BadRow, match=f"^{reason}$"):
+        pair_of(bad)
+
+
+def test_pairs_that_are_not_wanted_are_counted(tokenizer):
+    rows = [
+        published(domain="Chat"),
+        published(chosen="same ", rejected="same", domain="Chat"),
+        published(rejected="", domain="Chat"),
+        published(rejected="long " * 200, domain="Chat"),
+        published(domain="Math"),
+        as_lists(domain="Chat"),
+    ]
+    scan = Pairs(tokenizer, 100, 0, ["Chat"])
+    assert [kept.number for kept in scan(lines(rows))] == [0, 5]
+    assert scan.tally.left_out == {"equal answers": 1, "empty answer": 1, "over 100 tokens": 1, "another domain": 1}
+
+
+@needs_shared
+def test_real_pairs():
+    tokenizer = AutoTokenizer.from_pretrained(QWEN)
+    folder = SHARED / "data/preference"
+
+    def scanned(name):
+        scan = Pairs(tokenizer, 2048, 10_000)
+        return list(scan((folder / name).read_bytes().splitlines())), scan.tally
+
+    forms, _ = scanned("dpo_zh_demo.sharegpt_form_50.jsonl")
+    both, tally = scanned("dpo_zh_demo.jsonl")
+    assert len(both) == tally.scanned == 197 and not tally.bad
+    answers = {str(kept.row["chosen"] + kept.row["rejected"]) for kept in both}
+    assert len(forms) == 50 and all(str(kept.row["chosen"] + kept.row["rejected"]) in answers for kept in forms)
+    english, tally = scanned("dpo_en_demo.jsonl")
+    assert tally.left_out == {"over 2048 tokens": 6} and len(english) == 197
+    _, unpaired = scanned("kto_en_demo.jsonl")
+    assert list(unpaired.bad) == ["unknown schema"] and unpaired.bad_rows == 202
