@@ -74,7 +74,7 @@ def turns_of(value: object, field: str) -> list[dict]:
         if not isinstance(turn, dict):
             raise BadRow(f"{field} is not a list of messages")
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if role not in ROLES or not isinstance(content, str):
+        if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
             raise BadRow(f"{field} has a message of unknown schema")
         turns.append({"role": ROLES[role], "content": content})
     return turns

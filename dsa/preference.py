@@ -30,7 +30,8 @@ class DSADPOTrainer(SplitOptimizer, DPOTrainer):
         inputs = dict(inputs) | {"observer": indexer_loss}  # TRL hands what it does not know to the model
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         kl = torch.stack(indexer_loss.kl)
-        self._metrics["train" if model.training else "eval"]["kl"].append(kl.mean().item())
+        kl_everywhere = self.accelerator.gather(kl.detach().mean()).mean().item()
+        self._metrics["train" if model.training else "eval"]["kl"].append(kl_everywhere)
         return (result[0] + kl.sum(), result[1]) if return_outputs else result + kl.sum()
 
 

@@ -10,7 +10,8 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
+from accelerate import PartialState
+from datasets import Dataset
 from tqdm import tqdm
 from transformers import AutoTokenizer
 from trl import DPOConfig
@@ -25,6 +26,15 @@ from stages.training import first_and_last, run, trainer_options, use_all_cores,
 
 PAIRS = Path("data/pairs")
 LOGGED = ("loss", "rewards/accuracies", "rewards/margins", "kl", "learning_rate", "grad_norm")
+
+
+def on_disk(pairs: list[dict], folder: Path) -> Dataset:
+    """The pairs where every process finds them: TRL keeps the reference's log-probabilities beside them, one process
+    writes and all read."""
+    with PartialState().main_process_first():
+        if not folder.exists():
+            as_dataset(pairs).save_to_disk(folder)
+    return Dataset.load_from_disk(folder)
 
 
 def main(arm: str) -> None:
@@ -51,7 +61,7 @@ def main(arm: str) -> None:
         trainer = DSADPOTrainer(
             model,
             args=options,
-            train_dataset=as_dataset(pairs),
+            train_dataset=on_disk(pairs, folder / "pairs"),
             eval_dataset=None,
             processing_class=tokenizer,
         )
@@ -63,22 +73,24 @@ def main(arm: str) -> None:
         test = [tokenize_pair(tokenizer, pair) for pair in held_out]
         reference = Qwen2DSAForCausalLM.from_pretrained(source, dtype="float32").eval().to(model.device)
         model.eval()
-        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=options.bf16):
-            scores = [score_pair(model, reference, example) for example in tqdm(test, desc="held-out pairs")]
-            samples = [
-                {
-                    "prompt_end": tokenizer.decode(example["prompt_ids"][-60:]),
-                    "chosen": tokenizer.decode(example["chosen_ids"]),
-                    "before": tokenizer.decode(greedy(reference, example["prompt_ids"], 64)),
-                    "after": tokenizer.decode(greedy(model, example["prompt_ids"], 64)),
-                }
-                for example in test[: dpo.generations]
-            ]
+        # In float32: bfloat16 would round the logits by as much as the policy moves.
+        scores = [score_pair(model, reference, example) for example in tqdm(test, desc="held-out pairs")]
+        samples = [
+            {
+                "prompt_end": tokenizer.decode(example["prompt_ids"][-60:]),
+                "chosen": tokenizer.decode(example["chosen_ids"]),
+                "before": tokenizer.decode(greedy(reference, example["prompt_ids"], 64)),
+                "after": tokenizer.decode(greedy(model, example["prompt_ids"], 64)),
+            }
+            for example in test[: dpo.generations]
+        ]
     model.save_pretrained(f"models/dpo-{arm}")
     tokenizer.save_pretrained(f"models/dpo-{arm}")
     curve = write_curve(trainer.state.log_history, Path(f"reports/dpo/{arm}.csv"), LOGGED)
     margins = np.array([s.margin for s in scores])
-    prompts = {str(pair["prompt"]): number for number, pair in enumerate(held_out)}
+    # What is independent of what: prompts, or where windows of the same files are drawn, the files' families.
+    families = p.preference.split_by == "data_source"
+    units = [pair["data_source"] if families else str(pair["prompt"]) for pair in held_out]
     out = Path(f"data/dpo/{arm}.npz")
     out.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(
@@ -88,7 +100,7 @@ def main(arm: str) -> None:
         chosen=np.array([s.policy_chosen - s.reference_chosen for s in scores]),
         kl=np.array([s.kl for s in scores]),
         tokens=np.array([s.tokens for s in scores]),
-        prompt=np.array([prompts[str(pair["prompt"])] for pair in held_out]),
+        unit=np.unique(units, return_inverse=True)[1],
     )
     metrics |= {
         "pairs": len(pairs),

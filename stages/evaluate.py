@@ -64,7 +64,7 @@ def summarize(tokenizer, rows: list[dict], texts: list[dict], predictions: list[
     nll = torch.cat([p.nll for p in predictions])
     answers = torch.cat([torch.tensor(r["labels"][1:]) != IGNORE for r in rows])
     lookups, end = [], tokenizer.convert_tokens_to_ids(END_OF_TURN)
-    for row, text, prediction in zip(rows, texts, predictions, strict=True):
+    for number, (row, text, prediction) in enumerate(zip(rows, texts, predictions, strict=True)):
         if not is_lookup(text):
             continue
         ids = row["input_ids"]
@@ -75,7 +75,8 @@ def summarize(tokenizer, rows: list[dict], texts: list[dict], predictions: list[
             if whole and distance is not None:
                 right = correct(prediction, ids, span)
                 share = right.float().mean().item()
-                lookups.append({"kind": kind, "distance": distance, "right": bool(right.all()), "tokens": share})
+                right = bool(right.all())
+                lookups.append({"row": number, "kind": kind, "distance": distance, "right": right, "tokens": share})
     return {
         "loss": round(nll[answers].mean().item(), 5),
         "loss_all_tokens": round(nll.mean().item(), 5),
@@ -142,6 +143,7 @@ def main(group: str) -> None:
             arrays[f"share_{arm}"] = np.array([x["tokens"] for x in lookups])
             if trained:
                 arrays["lookup_distance"] = np.array([x["distance"] for x in lookups])
+                arrays["lookup_row"] = np.array([x["row"] for x in lookups])
                 arrays["lookup_kind"] = np.array([x["kind"] for x in lookups])
         if group in ("dense", "dsa"):
             metrics["generations"] = generate(model, tokenizer, rows, texts, p.evaluate.generations)

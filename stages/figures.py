@@ -9,6 +9,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from stages.statistics import mean_with_error
+
 COLORS = {
     "dense": "#222222",
     "dsa": "#d1495b",
@@ -175,21 +177,22 @@ def base_curve(curve: pd.DataFrame, held_out: float, path: Path) -> None:
     save(figure, path)
 
 
-def retrieval_by_distance(distance: np.ndarray, shares: dict[str, np.ndarray], topk: int, path: Path) -> None:
+def retrieval_by_distance(
+    distance: np.ndarray, rows: np.ndarray, shares: dict[str, np.ndarray], topk: int, path: Path
+) -> None:
     edges = np.array([0, 128, 256, 512, 768, 1024, 1536, 2048, 1 << 20])
     edges = edges[: np.searchsorted(edges, distance.max(initial=1), side="right") + 1]
     figure, axis = plt.subplots(figsize=(7.5, 4))
     which = np.digitize(distance, edges) - 1
     bins = [b for b in range(len(edges) - 1) if (which == b).sum() >= 8]
     for arm, share in shares.items():
-        mean = np.array([share[which == b].mean() for b in bins])
-        error = np.array([share[which == b].std(ddof=1) / np.sqrt((which == b).sum()) for b in bins])
+        mean, error = np.array([mean_with_error(share[which == b], rows[which == b]) for b in bins]).T.reshape(2, -1)
         axis.errorbar(range(len(bins)), 100 * mean, 100 * error, color=COLORS[arm], marker="o", label=LABELS[arm])
     names = [f"{edges[b]}–{edges[b + 1]}\nn={(which == b).sum()}" for b in bins]
     axis.set_xticks(range(len(bins)), names)
     axis.set_xlabel(f"tokens between the definition and the answer (k = {topk})")
     axis.set_ylabel("answer tokens right (%)")
-    axis.set_title("Looking a definition up, by distance (bars: ± one standard error)")
+    axis.set_title("Looking a definition up, by distance (bars: ± one standard error over rows)")
     axis.legend()
     save(figure, path)
 

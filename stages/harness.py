@@ -12,14 +12,9 @@ from stages.common import measured, write_json
 
 def score(arm: str, harness, seed: int) -> dict:
     """{task: {metric: value, metric_stderr: value}}, groups of tasks included."""
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-    except ImportError:
-        raise params.ParamsError(
-            "harness.tasks: needs lm-evaluation-harness: uv run --extra harness dvc repro, or set tasks to []"
-        ) from None
     import torch
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
     from transformers import AutoTokenizer
 
     from dsa import Qwen2DSAForCausalLM

@@ -4,6 +4,7 @@
 An unknown key, a wrong type or a value out of range ends a stage with one line that names the key.
 """
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -256,5 +257,6 @@ def load(stage: str | None = None, root: Path = Path(), profile: str | None = No
     return Declared(params, declared(stage, profile, root), stage) if stage else params
 
 
-if __name__ == "__main__":
-    load()
+if __name__ == "__main__":  # before the long stages
+    if load().harness.tasks and importlib.util.find_spec("lm_eval") is None:
+        raise ParamsError("harness.tasks: needs lm-evaluation-harness (uv run --extra harness ...), or set it to []")

@@ -13,38 +13,39 @@ def load(arm: str) -> dict[str, np.ndarray]:
 
 
 def summarize(metrics: dict[str, dict], beta: float, predictions: Predictions) -> dict:
-    """Both arms' numbers and their paired difference, each with a standard error that takes prompts as the units.
+    """Both arms' numbers and their paired difference, each with a standard error over the independent units of `dpo`.
 
     Args:
         metrics: of the two `dpo` stages, by arm.
         predictions: of the language-model rows, with the arms before and after.
     """
     scores = {arm: load(arm) for arm in ARMS}
-    prompt = scores["dense"]["prompt"]
+    unit = scores["dense"]["unit"]
     arms = {}
     for arm, s in scores.items():
         arms[arm] = {
-            "accuracy": mean_with_error((s["margin"] > 0).astype(float), prompt),
-            "margin": mean_with_error(beta * s["margin"], prompt),
-            "before": mean_with_error((s["before"] > 0).astype(float), prompt),
-            "after": mean_with_error((s["before"] + s["margin"] > 0).astype(float), prompt),
-            "chosen": mean_with_error(s["chosen"], prompt),
-            "kl": mean_with_error(np.repeat(s["kl"] / s["tokens"], s["tokens"]), np.repeat(prompt, s["tokens"])),
+            "accuracy": mean_with_error((s["margin"] > 0).astype(float), unit),
+            "margin": mean_with_error(beta * s["margin"], unit),
+            "before": mean_with_error((s["before"] > 0).astype(float), unit),
+            "after": mean_with_error((s["before"] + s["margin"] > 0).astype(float), unit),
+            "chosen": mean_with_error(s["chosen"], unit),
+            "kl": mean_with_error(np.repeat(s["kl"] / s["tokens"], s["tokens"]), np.repeat(unit, s["tokens"])),
             "lm_loss": predictions.gap(f"dpo_{arm}", arm),
             "generations": metrics[arm]["generations"],
         }
     ours, theirs = scores["dsa"], scores["dense"]
     difference = {
-        "accuracy": mean_with_error((ours["margin"] > 0).astype(float) - (theirs["margin"] > 0), prompt),
-        "margin": mean_with_error(beta * (ours["margin"] - theirs["margin"]), prompt),
+        "accuracy": mean_with_error((ours["margin"] > 0).astype(float) - (theirs["margin"] > 0), unit),
+        "margin": mean_with_error(beta * (ours["margin"] - theirs["margin"]), unit),
         "after": mean_with_error(
-            (ours["before"] + ours["margin"] > 0).astype(float) - (theirs["before"] + theirs["margin"] > 0), prompt
+            (ours["before"] + ours["margin"] > 0).astype(float) - (theirs["before"] + theirs["margin"] > 0), unit
         ),
     }
     return {
         "arms": arms,
         "difference": difference,
         "differs": {name: abs(mean) > 2 * error for name, (mean, error) in difference.items()},
-        "held_out_pairs": len(prompt),
+        "held_out_pairs": len(unit),
+        "units": len(np.unique(unit)),
         "pairs": metrics["dense"]["pairs"],
     }

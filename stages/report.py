@@ -86,9 +86,10 @@ def draw(p: params.Params, predictions: Predictions, tables: dict, selections: d
     figures.quality_by_topk(sweep, rows["dense"], rows["window_trained"], p.topk, FIGURES / "quality_by_topk.png")
     figures.mass_by_layer(selections, p.topk, FIGURES / "mass_by_layer.png")
     figures.training_curves(curves, FIGURES / "training_curves.png")
-    shares = {arm: predictions.arrays[f"share_{arm}"] for arm in TRAINED}
-    distance = predictions.arrays["lookup_distance"]
-    figures.retrieval_by_distance(distance, shares, p.topk, FIGURES / "retrieval_by_distance.png")
+    if len(distance := predictions.arrays["lookup_distance"]):
+        shares = {arm: predictions.arrays[f"share_{arm}"] for arm in TRAINED}
+        rows_of = predictions.arrays["lookup_row"]
+        figures.retrieval_by_distance(distance, rows_of, shares, p.topk, FIGURES / "retrieval_by_distance.png")
     maps = (predictions.arrays["heatmap_wanted"], predictions.arrays["heatmap_offered"])
     figures.heatmap(*maps, int(predictions.arrays["heatmap_layer"]), FIGURES / "heatmap.png")
     if EMBEDDED in p.model.source:

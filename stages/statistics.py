@@ -37,13 +37,12 @@ class Predictions:
 
     def lookups(self, what: str, arm: str, reference: str) -> tuple[float, float]:
         """Look-ups answered exactly ("right"), or the share of their tokens that is right ("share"): the arm minus the
-        reference on the same ones, with standard error."""
+        reference on the same ones, with standard error over rows: a row asks up to eight questions."""
         ours, theirs = (self.arrays[f"{what}_{name}"].astype(float) for name in (arm, reference))
         n = min(len(ours), len(theirs))
         if n == 0:
             return 0.0, 0.0
-        difference = ours[:n] - theirs[:n]
-        return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(n)) if n > 1 else 0.0
+        return mean_with_error(ours[:n] - theirs[:n], self.arrays["lookup_row"][:n])
 
     def agreement(self, arm: str, reference: str) -> float:
         """Share of answer tokens whose likeliest token is the same."""

@@ -56,7 +56,8 @@ def last_checkpoint(folder: Path) -> str | None:
                 pass
             else:
                 return str(path)
-        shutil.rmtree(path)
+        if int(os.environ.get("RANK", 0)) == 0:  # the others pass over it
+            shutil.rmtree(path, ignore_errors=True)
     return None
 
 
@@ -81,6 +82,8 @@ def trainer_options(section: Training, folder: Path, seed: int) -> dict:
         "logging_steps": 1,
         "save_steps": max(1, section.steps // CHECKPOINTS),
         "save_total_limit": 2,
+        # Every trained parameter is used in every step; a search would miss an indexer whose loss leaves no output.
+        "ddp_find_unused_parameters": False,
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "disable_tqdm": False,

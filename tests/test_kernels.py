@@ -467,7 +467,11 @@ def test_the_first_use_on_a_device_compares_with_the_references(dtype, monkeypat
     monkeypatch.setenv("DSA_BACKEND", "triton")
     check.verify.cache_clear()
     x = torch.zeros(1, device=device, dtype=dtype)
-    assert kernels.chosen(x, 32)
+    with torch.no_grad():  # as in selection and evaluation
+        assert kernels.chosen(x, 32)
+    check.verify.cache_clear()
+    with torch.inference_mode():
+        assert kernels.chosen(x, 32)
     check.verify.cache_clear()
     monkeypatch.setattr(check, "_scores", lambda *_: 0.5)
     with pytest.raises(RuntimeError, match=r"index scores kernel .* is off by 5\.0e-01 .*DSA_BACKEND=gather"):

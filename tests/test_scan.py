@@ -161,6 +161,7 @@ def test_both_published_forms_of_a_pair_are_the_same():
         ([], "not an object"),
         ({"prompt": "p"}, "unknown schema"),
         (published() | {"chosen": None}, "chosen is not a list of messages"),
+        (published() | {"chosen": {"from": ["gpt"], "value": "x"}}, "chosen has a message of unknown schema"),
         (published() | {"chosen": {"from": "gpt"}}, "chosen has a message of unknown schema"),
         (published() | {"chosen": {"from": "human", "value": "x"}}, "an answer is not the assistant's"),
         (published() | {"rejected": as_lists()["rejected"]}, "an answer is not one message"),
