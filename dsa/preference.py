@@ -79,19 +79,18 @@ def answer_log_probs(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Next-token log-probabilities at every position of each answer, [L, V], and those of its own tokens, [L].
 
-    The prompt runs once; each answer goes on from its cache.
+    The prompt runs once; the answers go on from its cache together, padded on the right, where no token sees it.
     """
     cache = DynamicCache(config=model.config)
     ids = torch.tensor([prompt], device=model.device)
-    head = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0]
-    scored = []
-    for answer in answers:
-        ids = torch.tensor([answer], device=model.device)
-        logits = torch.cat([head, model(ids, past_key_values=cache, use_cache=True).logits[0, :-1]])
-        cache.crop(-len(answer))
-        log_probs = logits.float().log_softmax(-1)
-        scored.append((log_probs, log_probs.gather(1, ids.T)[:, 0]))
-    return scored
+    head = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits  # (1, 1, V)
+    cache.batch_repeat_interleave(len(answers))
+    longest = max(map(len, answers))
+    ids = torch.tensor([answer + [0] * (longest - len(answer)) for answer in answers], device=model.device)
+    tail = model(ids, past_key_values=cache, use_cache=True).logits[:, :-1]
+    log_probs = torch.cat([head.expand(len(answers), -1, -1), tail], dim=1).float().log_softmax(-1)
+    own = log_probs.gather(2, ids[..., None])[..., 0]
+    return [(log_probs[i, : len(answer)], own[i, : len(answer)]) for i, answer in enumerate(answers)]
 
 
 def score_pair(policy: Qwen2DSAForCausalLM, reference: Qwen2DSAForCausalLM, example: dict) -> PairScores:
