@@ -239,6 +239,6 @@ def test_exp_run_of_a_variant_runs_only_what_depends_on_it(smoke, no_identity):
     run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "smoke"], smoke)
     done = run(["dvc", "exp", "run", "-S", "topk=1024"], smoke, **no_identity)
     ran = {line.split("'")[1] for line in done.stdout.splitlines() if line.startswith("Running stage")}
-    assert ran == USES_TOPK | {"dpo@dsa"}  # its model changed
+    assert ran == USES_TOPK | {"dpo@dsa", "harness@dsa"}  # its model changed
     shown = json.loads(run(["dvc", "metrics", "show", "--json"], smoke).stdout)
     assert "reports/summary.json" in shown[""]["data"]
