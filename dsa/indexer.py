@@ -22,7 +22,7 @@ def index_scores(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> tor
     """
     B, T, H, D = q.shape
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, weights))
-    if not wanted and kernels.chosen(q, 16):  # any head size: tiles are padded
+    if not wanted and kernels.chosen(q, 16, "index scores"):  # any head size: tiles are padded
         from dsa.kernels.indexer import index_scores_triton
 
         return index_scores_triton(q, k, weights)

@@ -81,62 +81,74 @@ def indexer_kl(
     Returns:
         A scalar. Works a slab of queries at a time and computes its gradient on the way: nothing of size T x S is kept.
     """
-    if visible.explicit is None and kernels.chosen(q, q.shape[3]):
+    if visible.explicit is None and kernels.chosen(q, q.shape[3], "indexer loss"):
         from dsa.kernels.losses import indexer_kl_triton
 
         return indexer_kl_triton(index_q, index_k, index_weights, q, k, scaling, visible, indices)
-    return _IndexerKL.apply(index_q, index_k, index_weights, q.detach(), k.detach(), scaling, visible, indices)
+    index = index_q, index_k, index_weights
+    return MeanLoss.apply(kl_in_slabs, *index, q.detach(), k.detach(), scaling, visible, indices)
 
 
-class _IndexerKL(torch.autograd.Function):
-    """Per slab: the target p, the scores I, the loss, and by hand its gradient, dL/dI = softmax(I) - p.
+class MeanLoss(torch.autograd.Function):
+    """Mean over the valid queries of a loss that `compute` sums, together with its gradients: backward scales them.
 
-    In sparse training both are first gathered to the K selected keys, so that the softmaxes run over K and not over S.
+    compute(index, q, k, scaling, visible, indices, valid [B, T], wanted) returns the sum and, where they are wanted,
+    its gradients in the three tensors of `index`.
     """
 
     @staticmethod
-    def forward(ctx, index_q, index_k, index_weights, q, k, scaling, visible, indices):
-        B, Hq = q.shape[:2]
-        valid = visible.is_query(B, q.device)
+    def forward(ctx, compute, index_q, index_k, index_weights, q, k, scaling, visible, indices):
+        index = index_q, index_k, index_weights
+        valid = visible.is_query(q.shape[0], q.device)
         count = valid.sum().clamp(min=1)
-        wanted = any(ctx.needs_input_grad[:3])
-        grads = [torch.zeros_like(x, dtype=torch.float32) for x in (index_q, index_k, index_weights)] if wanted else []
-        total = torch.zeros((), dtype=torch.float32, device=q.device)
-        with torch.autocast(q.device.type, enabled=False):
-            for slab in visible.slabs(B, Hq):
-                at = slab.queries
-                args = index_q[:, at].float(), index_k[:, : slab.keys].float(), index_weights[:, at].float()
-                relu, scores = _scores(*args)
-                logits = attention_logits(q[:, :, at], k[:, :, : slab.keys], scaling)
-                if indices is None:
-                    chosen, mask = None, visible.mask(slab, q.device).expand_as(scores)
-                else:
-                    chosen, mask = indices[:, at].long().clamp(min=0), indices[:, at] >= 0
-                    logits = logits.gather(3, chosen[:, None].expand(-1, Hq, -1, -1))
-                    scores = scores.gather(2, chosen)
-                p = mean_softmax(logits, mask)
-                mass = p.sum(-1)  # 1, or 0 in a row without any key
-                scores.masked_fill_(~mask, MASKED)
-                lse = scores.logsumexp(-1)
-                rows = torch.xlogy(p, p).sum(-1) - (p * scores).sum(-1) + mass * lse
-                total += (rows * valid[:, at]).sum()
-                if wanted:
-                    d_scores = scores.sub_(lse[..., None]).exp_().sub_(p).mul_((mass * valid[:, at])[..., None])
-                    if chosen is not None:
-                        whole = d_scores.new_zeros(*chosen.shape[:2], slab.keys)
-                        d_scores = whole.scatter_add_(2, chosen, d_scores)
-                    dq, dk, dw = _scores_backward(*args, relu, d_scores)
-                    grads[0][:, at] = dq
-                    grads[1][:, : slab.keys] += dk
-                    grads[2][:, at] = dw
-        ctx.save_for_backward(*(g / count for g in grads))
-        ctx.dtypes = [x.dtype for x in (index_q, index_k, index_weights)]
+        total, grads = compute(index, q, k, scaling, visible, indices, valid, any(ctx.needs_input_grad))
+        ctx.save_for_backward(*(g.div_(count) for g in grads))
+        ctx.dtypes = [x.dtype for x in index]
         return total / count
 
     @staticmethod
     def backward(ctx, grad):
         grads = [(g * grad).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
-        return *grads, None, None, None, None, None
+        return None, *grads, None, None, None, None, None
+
+
+def kl_in_slabs(index, q, k, scaling, visible, indices, valid, wanted):
+    """Per slab: the target p, the scores I, the loss, and by hand its gradient, dL/dI = softmax(I) - p.
+
+    In sparse training both are first gathered to the K selected keys, so that the softmaxes run over K and not over S.
+    """
+    B, Hq = q.shape[:2]
+    index_q, index_k, index_weights = index
+    grads = [torch.zeros_like(x, dtype=torch.float32) for x in index] if wanted else []
+    total = torch.zeros((), dtype=torch.float32, device=q.device)
+    with torch.autocast(q.device.type, enabled=False):
+        for slab in visible.slabs(B, Hq):
+            at = slab.queries
+            args = index_q[:, at].float(), index_k[:, : slab.keys].float(), index_weights[:, at].float()
+            relu, scores = _scores(*args)
+            logits = attention_logits(q[:, :, at], k[:, :, : slab.keys], scaling)
+            if indices is None:
+                chosen, mask = None, visible.mask(slab, q.device).expand_as(scores)
+            else:
+                chosen, mask = indices[:, at].long().clamp(min=0), indices[:, at] >= 0
+                logits = logits.gather(3, chosen[:, None].expand(-1, Hq, -1, -1))
+                scores = scores.gather(2, chosen)
+            p = mean_softmax(logits, mask)
+            mass = p.sum(-1)  # 1, or 0 in a row without any key
+            scores.masked_fill_(~mask, MASKED)
+            lse = scores.logsumexp(-1)
+            rows = torch.xlogy(p, p).sum(-1) - (p * scores).sum(-1) + mass * lse
+            total += (rows * valid[:, at]).sum()
+            if wanted:
+                d_scores = scores.sub_(lse[..., None]).exp_().sub_(p).mul_((mass * valid[:, at])[..., None])
+                if chosen is not None:
+                    whole = d_scores.new_zeros(*chosen.shape[:2], slab.keys)
+                    d_scores = whole.scatter_add_(2, chosen, d_scores)
+                dq, dk, dw = _scores_backward(*args, relu, d_scores)
+                grads[0][:, at] = dq
+                grads[1][:, : slab.keys] += dk
+                grads[2][:, at] = dw
+    return total, grads
 
 
 def _scores(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

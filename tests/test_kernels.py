@@ -5,6 +5,7 @@ session transformers imports it first; so `test_in_the_interpreter` runs this fi
 here the kernels are only compiled, for a Hopper GPU, which finds what the interpreter forgives.
 """
 
+import logging
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import sys
 import pytest
 import torch
 
-from dsa import index_scores, kernels, select_topk, sparse_attention
+from dsa import index_scores, indexer_kl, kernels, select_topk, sparse_attention
 from dsa.attention import sparse_attention_reference
 from dsa.losses import indexer_kl_reference
 from dsa.masks import Slab, Visibility, membership
@@ -487,6 +488,20 @@ def test_without_triton_the_reason_is_its_absence(monkeypatch):
     kernels.obstacle.cache_clear()
     assert "not installed" in kernels.obstacle(torch.device("cuda"), torch.float16, 64)
     kernels.obstacle.cache_clear()
+
+
+@pytest.mark.parametrize("backend", ["gather", pytest.param("triton", marks=needs_kernels)])
+def test_bug_22_the_choice_for_scores_and_loss_is_logged_once(backend, monkeypatch, caplog):
+    monkeypatch.setenv("DSA_BACKEND", backend)
+    kernels.log_choice.cache_clear()
+    index, q, k = kl_inputs(B=1, T=3)
+    with caplog.at_level(logging.INFO, logger="dsa.kernels"), torch.no_grad():
+        for _ in range(2):
+            index_scores(*index)
+            indexer_kl(*index, q, k, 0.25, Visibility(3, 3))
+    choice = "Triton kernels" if backend == "triton" else "PyTorch"
+    expected = [f"{operation}: {choice} on {DEVICE}" for operation in ("index scores", "indexer loss")]
+    assert [record.getMessage() for record in caplog.records] == expected
 
 
 @needs_gpu

@@ -12,10 +12,13 @@ deterministic (no atomics), and nothing of size T x S is stored but the slab of 
 """
 
 import importlib.util
+import logging
 import os
 from functools import lru_cache
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 VARIABLE = "DSA_BACKEND"  # "triton" or "gather": what the machine shall use where the caller names no backend
 HEAD_DIMS = (16, 32, 64, 128)
@@ -52,23 +55,33 @@ def interpreted() -> bool:
     return not isinstance(standard.sum, JITFunction)
 
 
-def chosen(tensor: torch.Tensor, head_dim: int) -> bool:
+def chosen(tensor: torch.Tensor, head_dim: int, operation: str | None = None) -> bool:
     """Whether the kernels are to be used on `tensor` where the caller names no backend: on CUDA, if they can be.
 
-    DSA_BACKEND overrides it. Raises ValueError where that asks for the impossible or is no backend, RuntimeError where
-    the kernels turn out to be wrong on this device.
+    DSA_BACKEND overrides it. The choice is logged once for each operation that is named, and each kind of device.
+    Raises ValueError where DSA_BACKEND asks for the impossible or is no backend, RuntimeError where the kernels turn
+    out to be wrong on this device.
     """
     wanted = os.environ.get(VARIABLE) or None
     if wanted not in (None, "triton", "gather"):
         raise ValueError(f"{VARIABLE}: {wanted!r} is neither triton nor gather")
     if wanted == "triton":
         require(tensor, head_dim)
-    elif wanted == "gather" or not tensor.is_cuda or obstacle(tensor.device, tensor.dtype, head_dim):
-        return False
-    from dsa.kernels.check import verify
+    possible = tensor.is_cuda and not obstacle(tensor.device, tensor.dtype, head_dim)
+    use = wanted == "triton" or (wanted is None and possible)
+    if operation:
+        log_choice(operation, "Triton kernels" if use else "PyTorch", tensor.device.type)
+    if use:
+        from dsa.kernels.check import verify
 
-    verify(tensor.device, tensor.dtype, head_dim)
-    return True
+        verify(tensor.device, tensor.dtype, head_dim)
+    return use
+
+
+@lru_cache
+def log_choice(operation: str, choice: str, device: str) -> None:
+    """Say once what runs: a silent fall-back is a bug that costs days."""
+    logger.info("%s: %s on %s", operation, choice, device)
 
 
 def require(tensor: torch.Tensor, head_dim: int) -> None:

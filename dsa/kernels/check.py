@@ -50,9 +50,10 @@ def _with_gradients(call, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _indices(device) -> torch.Tensor:
-    """[1, 40, 16] causal: the first keys of each query, -1 beyond itself."""
+    """[1, 40, 16] causal, ascending and without repeats: keys spread over the prefix of each query, -1 for the rest."""
     key, query = torch.arange(16, device=device), torch.arange(40, device=device)[:, None]
-    return torch.where(key <= query, key * (query + 1) // 16, -1).int()[None]
+    indices = torch.where(key <= query, key * (query + 1) // 16, -1).int()[None]
+    return indices.masked_fill(torch.nn.functional.pad(indices.diff(dim=-1) == 0, (1, 0)), -1)
 
 
 def _compare(fast, slow, inputs: list[torch.Tensor]) -> float:
@@ -65,18 +66,12 @@ def _attention(device, dtype, head_dim: int) -> float:
     from dsa.kernels.attention import sparse_attention_triton
 
     inputs = _random(device, dtype, (1, 4, 40, head_dim), (1, 2, 40, head_dim), (1, 2, 40, head_dim))
-    indices, scaling = _unique(_indices(device)), head_dim**-0.5
+    indices, scaling = _indices(device), head_dim**-0.5
     return _compare(
         lambda *x: sparse_attention_triton(*x, indices, scaling)[0],
         lambda *x: sparse_attention_reference(*x, indices, scaling),
         inputs,
     )
-
-
-def _unique(indices: torch.Tensor) -> torch.Tensor:
-    """Repeats of an ascending list replaced by -1."""
-    repeated = torch.nn.functional.pad(indices.diff(dim=-1) == 0, (1, 0))
-    return indices.masked_fill(repeated, -1)
 
 
 def _scores(device, dtype, head_dim: int) -> float:
@@ -97,7 +92,7 @@ def _loss(device, dtype, head_dim: int) -> float:
     q, k = (x.detach() for x in _random(device, dtype, (1, 4, 40, head_dim), (1, 2, 40, head_dim)))
     visible, scaling = Visibility(40, 40), head_dim**-0.5
     worst = 0.0
-    for indices in (None, _unique(_indices(device))):
+    for indices in (None, _indices(device)):
 
         def reference(*x, indices=indices):
             return indexer_kl_reference(*x, q.double(), k.double(), scaling, visible, indices)

@@ -11,6 +11,7 @@ from dsa.kernels import require
 from dsa.kernels.dense_kl import Spans, dense_gradients, dense_rows
 from dsa.kernels.sparse_kl import sparse_gradients, sparse_rows
 from dsa.kernels.views import same_dtype
+from dsa.losses import MeanLoss
 from dsa.masks import Visibility
 
 
@@ -35,35 +36,22 @@ def indexer_kl_triton(
         raise ValueError("the indexer-loss kernels take key masks and documents, no explicit [B, 1, T, S] mask")
     q, k = same_dtype(q.detach(), k.detach())
     require(q, q.shape[3])
-    return _IndexerKL.apply(index_q, index_k, index_weights, q, k, scaling, visible, indices)
+    return MeanLoss.apply(_kl_in_tiles, index_q, index_k, index_weights, q, k, scaling, visible, indices)
 
 
-class _IndexerKL(torch.autograd.Function):
-    """Computes the gradient on the way, as the loss is a leaf: backward only scales it, and nothing else is saved."""
-
-    @staticmethod
-    def forward(ctx, index_q, index_k, index_weights, q, k, scaling, visible, indices):
-        index = *same_dtype(index_q, index_k), index_weights
-        require(index[0], q.shape[3])
-        valid = visible.is_query(q.shape[0], q.device)
-        count = valid.sum().clamp(min=1)
-        wanted = any(ctx.needs_input_grad[:3])
-        if indices is None:
-            spans = query_spans(visible, valid)
-            rows, lses = dense_rows(index, q, k, scaling, spans)
-            grads = dense_gradients(index, q, k, scaling, spans, *lses) if wanted else ()
-        else:
-            indices = indices.masked_fill(~valid[..., None], -1)
-            rows, d_scores = sparse_rows(index, q, k, scaling, indices)
-            grads = sparse_gradients(index, indices, d_scores) if wanted else ()
-        ctx.save_for_backward(*(g.div_(count) for g in grads))
-        ctx.dtypes = [x.dtype for x in (index_q, index_k, index_weights)]
-        return rows.sum() / count
-
-    @staticmethod
-    def backward(ctx, grad):
-        grads = [(g * grad).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
-        return *grads, None, None, None, None, None
+def _kl_in_tiles(index, q, k, scaling, visible, indices, valid, wanted):
+    """For `MeanLoss`: the sum of the queries' losses, and its gradients."""
+    index = *same_dtype(*index[:2]), index[2]
+    require(index[0], q.shape[3])
+    if indices is None:
+        spans = query_spans(visible, valid)
+        rows, lses = dense_rows(index, q, k, scaling, spans)
+        grads = dense_gradients(index, q, k, scaling, spans, *lses) if wanted else ()
+    else:
+        indices = indices.masked_fill(~valid[..., None], -1)
+        rows, d_scores = sparse_rows(index, q, k, scaling, indices)
+        grads = sparse_gradients(index, indices, d_scores) if wanted else ()
+    return rows.sum(), grads
 
 
 def query_spans(visible: Visibility, valid: torch.Tensor) -> Spans:
