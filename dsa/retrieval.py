@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from dsa.data import encode, render
+from dsa.evaluation import answer_spans
 from dsa.modeling import Qwen2DSAForCausalLM
 
 QUESTION = "Extract the value corresponding to the specified key in the JSON object below."
@@ -35,13 +36,12 @@ def conversation(records: list[tuple[str, str]], key: str, value: str) -> list[d
     ]
 
 
-def lookup(tokenizer, records: list[tuple[str, str]], at: int) -> Lookup:
-    """Ask for the value of pair `at`."""
-    key, value = records[at]
+def lookup(tokenizer, records: list[tuple[str, str]], depth: float) -> Lookup:
+    """Ask for the value of the pair at `depth`, 0 the first and 1 the last."""
+    key, value = records[round(depth * (len(records) - 1))]
     (example,) = encode(tokenizer, [render(tokenizer, conversation(records, key, value))])
-    start = next(i for i, label in enumerate(example["labels"]) if label >= 0)
-    end = max(i for i, label in enumerate(example["labels"]) if label >= 0)  # without the end of turn
-    return Lookup(example["input_ids"], (start, end), at / max(1, len(records) - 1))
+    ((start, end),) = answer_spans(example["labels"])
+    return Lookup(example["input_ids"], (start, end - 1), depth)  # without the end of turn
 
 
 def lookups(tokenizer, length: int, depths: int, rows: int, seed: int) -> list[Lookup]:
@@ -61,7 +61,7 @@ def lookups(tokenizer, length: int, depths: int, rows: int, seed: int) -> list[L
         count = int((length - empty) / (whole - empty) * (len(records) - 1)) + 1
         for place in range(depths):
             while count >= depths:
-                item = lookup(tokenizer, records[:count], round(place * (count - 1) / max(1, depths - 1)))
+                item = lookup(tokenizer, records[:count], place / max(1, depths - 1))
                 if len(item.ids) <= length:
                     break
                 count -= 1

@@ -173,13 +173,12 @@ def retrieval(model: Qwen2DSAForCausalLM, tokenizer, grid) -> list[dict]:
     for length in grid.lengths:
         cells: dict[float, list[torch.Tensor]] = {}
         items = lookups(tokenizer, length, grid.depths, grid.rows, RETRIEVAL_SEED)
-        for i, item in enumerate(tqdm(items, desc=f"retrieval at {length}")):
-            place = i % grid.depths / max(1, grid.depths - 1)
-            cells.setdefault(place, []).append(right_tokens(model, item))
-        for place, right in cells.items():
+        for item in tqdm(items, desc=f"retrieval at {length}"):
+            cells.setdefault(item.depth, []).append(right_tokens(model, item))
+        for depth, right in cells.items():
             exact = sum(bool(r.all()) for r in right) / len(right)
             tokens = torch.cat(right).float().mean().item()
-            cell = {"length": length, "depth": place, "rows": len(right), "exact": exact, "tokens": round(tokens, 4)}
+            cell = {"length": length, "depth": depth, "rows": len(right), "exact": exact, "tokens": round(tokens, 4)}
             found.append(cell)
     return found
 

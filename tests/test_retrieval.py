@@ -26,7 +26,7 @@ def test_rows_have_the_length_and_the_depth(tokenizer, length):
     assert len(items) == 6
     for i, item in enumerate(items):
         assert 0.8 * length < len(item.ids) <= length
-        assert item.depth == pytest.approx(i % 3 / 2, abs=0.26)
+        assert item.depth == i % 3 / 2
         text = tokenizer.decode(item.ids)
         value = tokenizer.decode(item.ids[slice(*item.span)])
         data = json.loads(text[text.index("{") : text.index("}") + 1])
@@ -58,6 +58,6 @@ def test_published_rows_fit_the_same_form():
     with gzip.open(NEEDLE, "rt") as file:
         row = json.loads(next(file))
     at = [key for key, _ in row["ordered_kv_records"]].index(row["key"])
-    item = lookup(tokenizer, [tuple(pair) for pair in row["ordered_kv_records"]], at)
+    item = lookup(tokenizer, [tuple(pair) for pair in row["ordered_kv_records"]], at / 74)
     assert tokenizer.decode(item.ids[slice(*item.span)]) == row["value"]
     assert 5049 <= len(item.ids) <= 5200  # 5049 to 5119 by the data's own README, without the question
