@@ -33,7 +33,9 @@ def on_disk(pairs: list[dict], folder: Path) -> Dataset:
     writes and all read."""
     with PartialState().main_process_first():
         if not folder.exists():
-            as_dataset(pairs).save_to_disk(folder)
+            partial = folder.with_suffix(".partial")  # whole or not there: a run that was killed leaves no broken one
+            as_dataset(pairs).save_to_disk(partial)
+            partial.rename(folder)
     return Dataset.load_from_disk(folder)
 
 

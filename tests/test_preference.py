@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from datasets import Dataset
 from trl import DPOConfig
 
 from dsa import from_dense
@@ -11,6 +12,7 @@ from dsa.data import pair_of
 from dsa.modeling import Qwen2DSAAttention
 from dsa.preference import DSADPOTrainer, answer_log_probs, as_dataset, score_pair, tokenize_pair
 from dsa.training import freeze
+from stages.dpo import on_disk
 from tests.conftest import ROOT, error_ratio
 
 BETA = 0.3
@@ -182,6 +184,21 @@ def test_pairs_are_tokenised_as_trl_does(model, tokenizer, tmp_path):
     for example, pair in zip(trainer(model, tokenizer, tmp_path).train_dataset, pairs(), strict=True):
         ids = tokenize_pair(tokenizer, pair)
         assert {name: example[name] for name in ids} == ids
+
+
+def test_a_save_that_is_cut_short_is_made_again(tmp_path, monkeypatch):
+    folder, save = tmp_path / "pairs", Dataset.save_to_disk
+
+    def cut_short(self, path):
+        save(self, path)
+        next(path.glob("*.arrow")).write_bytes(b"")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Dataset, "save_to_disk", cut_short)
+        on_disk(pairs(), folder)
+    for _ in range(2):  # made, then found
+        assert on_disk(pairs(), folder).to_list() == as_dataset(pairs()).to_list()
 
 
 @pytest.mark.parametrize("mode", ["dense", "sparse"])
