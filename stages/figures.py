@@ -8,6 +8,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import MaxNLocator
 
 from stages.statistics import mean_with_error
 
@@ -256,6 +257,7 @@ def preference(curves: dict[str, pd.DataFrame], results: dict, path: Path) -> No
     middle.set_ylabel("reward margin on the training pairs")
     for axis in (left, middle):
         axis.set_xlabel("step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend()
     for place, arm in enumerate(curves):
         mean, error = results["arms"][arm]["accuracy"]

@@ -2,14 +2,20 @@
 
 import numpy as np
 
-from stages.statistics import Predictions, mean_with_error
+from stages.statistics import Predictions, load, mean_with_error
 
 ARMS = ("dense", "dsa")
 
 
-def load(arm: str) -> dict[str, np.ndarray]:
-    with np.load(f"data/dpo/{arm}.npz") as file:
-        return {name: file[name] for name in file.files}
+def measures(scores: dict[str, np.ndarray], beta: float) -> dict[str, np.ndarray]:
+    """Of each pair: whether reward and likelihood (before, after) prefer the right answer, and the reward's margin."""
+    before, margin = scores["before"], scores["margin"]
+    return {
+        "accuracy": (margin > 0).astype(float),
+        "margin": beta * margin,
+        "before": (before > 0).astype(float),
+        "after": (before + margin > 0).astype(float),
+    }
 
 
 def summarize(metrics: dict[str, dict], beta: float, predictions: Predictions) -> dict:
@@ -19,28 +25,20 @@ def summarize(metrics: dict[str, dict], beta: float, predictions: Predictions) -
         metrics: of the two `dpo` stages, by arm.
         predictions: of the language-model rows, with the arms before and after.
     """
-    scores = {arm: load(arm) for arm in ARMS}
+    scores = {arm: load(f"data/dpo/{arm}.npz") for arm in ARMS}
+    measured = {arm: measures(s, beta) for arm, s in scores.items()}
     unit = scores["dense"]["unit"]
     arms = {}
     for arm, s in scores.items():
         arms[arm] = {
-            "accuracy": mean_with_error((s["margin"] > 0).astype(float), unit),
-            "margin": mean_with_error(beta * s["margin"], unit),
-            "before": mean_with_error((s["before"] > 0).astype(float), unit),
-            "after": mean_with_error((s["before"] + s["margin"] > 0).astype(float), unit),
+            **{name: mean_with_error(values, unit) for name, values in measured[arm].items()},
             "chosen": mean_with_error(s["chosen"], unit),
             "kl": mean_with_error(np.repeat(s["kl"] / s["tokens"], s["tokens"]), np.repeat(unit, s["tokens"])),
             "lm_loss": predictions.gap(f"dpo_{arm}", arm),
             "generations": metrics[arm]["generations"],
         }
-    ours, theirs = scores["dsa"], scores["dense"]
-    difference = {
-        "accuracy": mean_with_error((ours["margin"] > 0).astype(float) - (theirs["margin"] > 0), unit),
-        "margin": mean_with_error(beta * (ours["margin"] - theirs["margin"]), unit),
-        "after": mean_with_error(
-            (ours["before"] + ours["margin"] > 0).astype(float) - (theirs["before"] + theirs["margin"] > 0), unit
-        ),
-    }
+    ours, theirs = measured["dsa"], measured["dense"]
+    difference = {n: mean_with_error(ours[n] - theirs[n], unit) for n in ("accuracy", "margin", "after")}
     return {
         "arms": arms,
         "difference": difference,

@@ -78,7 +78,16 @@ def stages_table(train: dict, dpo: dict, evaluations: dict, others: dict) -> lis
     return rows
 
 
-def draw(p: params.Params, predictions: Predictions, tables: dict, selections: dict, curves: dict, cost: dict) -> None:
+def draw(
+    p: params.Params,
+    predictions: Predictions,
+    tables: dict,
+    selections: dict,
+    curves: dict,
+    cost: dict,
+    base: dict | None,
+) -> None:
+    """All figures. base: the metrics of the embedded base model, None for another base."""
     arms = {arm: predictions.nll(arm) for arm in TRAINED}
     rows = {row["arm"]: row for row in tables["trained"]}
     figures.loss_by_position(arms, predictions.positions, predictions.rows, p.topk, FIGURES / "loss_by_position.png")
@@ -92,10 +101,9 @@ def draw(p: params.Params, predictions: Predictions, tables: dict, selections: d
         figures.retrieval_by_distance(distance, rows_of, shares, p.topk, FIGURES / "retrieval_by_distance.png")
     maps = (predictions.arrays["heatmap_wanted"], predictions.arrays["heatmap_offered"])
     figures.heatmap(*maps, int(predictions.arrays["heatmap_layer"]), FIGURES / "heatmap.png")
-    if EMBEDDED in p.model.source:
-        base = pd.read_csv(f"{EMBEDDED}/pretrain.csv")
-        held_out = json.loads(Path(EMBEDDED, "pretrain.json").read_text())["held_out_loss"]
-        figures.base_curve(base, held_out, FIGURES / "base_curve.png")
+    if base:
+        curve = pd.read_csv(f"{EMBEDDED}/pretrain.csv")
+        figures.base_curve(curve, base["held_out_loss"], FIGURES / "base_curve.png")
     dpo = {arm: pd.read_csv(REPORTS / f"dpo/{arm}.csv") for arm in preference.ARMS}
     figures.preference(dpo, tables["preference"], FIGURES / "preference.png")
     figures.retrieval(tables["retrieval"], FIGURES / "retrieval.png")
@@ -150,7 +158,8 @@ def main() -> None:
     }
     selections = {"warmup": evaluations["warmup"]["selection"], "dsa": evaluations["dsa"]["selection"]}
     FIGURES.mkdir(parents=True, exist_ok=True)
-    draw(p, predictions, tables, selections, curves, cost)
+    base = json.loads(Path(EMBEDDED, "pretrain.json").read_text()) if EMBEDDED in p.model.source else None
+    draw(p, predictions, tables, selections, curves, cost, base)
     rows = {row["arm"]: row for table in ("trained", "untrained") for row in tables[table]}
     summary = {
         "loss": {arm: round(rows[arm]["loss"], 4) for arm in rows},
@@ -166,7 +175,7 @@ def main() -> None:
         **tables,
         "train": train,
         "data": data,
-        "base": json.loads(Path(EMBEDDED, "pretrain.json").read_text()) if EMBEDDED in p.model.source else None,
+        "base": base,
         "cost": cost,
         "harness": {arm: read(f"harness/{arm}.json")["tasks"] for arm in preference.ARMS},
         "selections": selections,

@@ -13,14 +13,19 @@ def mean_with_error(values: np.ndarray, rows: np.ndarray) -> tuple[float, float]
     return float(mean), float(np.sqrt(n / max(1, n - 1) * (residual**2).sum()) / frame["count"].sum())
 
 
+def load(path: str) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file, by name."""
+    with np.load(path) as file:
+        return dict(file)
+
+
 class Predictions:
     """All arms' per-token predictions on the same held-out rows."""
 
     def __init__(self, groups: tuple[str, ...]):
         self.arrays: dict[str, np.ndarray] = {}
         for group in groups:
-            with np.load(f"data/evaluate/{group}.npz") as file:
-                self.arrays |= {name: file[name] for name in file.files}
+            self.arrays |= load(f"data/evaluate/{group}.npz")
         lengths = self.arrays["lengths"]
         self.rows = np.repeat(np.arange(len(lengths)), lengths)
         self.positions = np.concatenate([np.arange(1, n + 1) for n in lengths])
