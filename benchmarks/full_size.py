@@ -1,10 +1,11 @@
 """Training steps of the full profile at full size, with random weights: time and memory, measured and computed.
 
     python -m benchmarks.full_size CONFIG.json --lengths 2048 4096
+    python -m benchmarks.full_size CONFIG.json --lengths 2048 4096 --repeats 0     # the arithmetic alone
 
-CONFIG.json is the published config of Qwen2.5-0.5B (models/base/config.json after the stage `model`). One row a step,
-as the stages do it: autocast to bfloat16, AdamW. Each step runs in a process of its own, for its peak memory.
-Writes reports/speed/full_size.json, on a GPU reports/gpu/full_size.json.
+CONFIG.json is the published config of Qwen2.5-0.5B (models/base/config.json after the full profile's stage `model`).
+One row a step, as the stages do it: autocast to bfloat16, AdamW. Each step runs in a process of its own, for its peak
+memory. Writes reports/speed/full_size.json, what was measured on a GPU to reports/gpu/full_size.json.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import multiprocessing
 import resource
 import time
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -23,6 +25,14 @@ from dsa.training import freeze, supports_bf16
 from stages.common import device_name, write_json
 
 STAGES = ("dense", "warmup", "sparse")
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
 GB = 2**30
 
 
@@ -65,6 +75,21 @@ def step_seconds(config: Path, stage: str, length: int, topk: int, repeats: int,
     pipe.send({"seconds": round(median(times[1:]), 3), "peak_gb": round(peak / GB, 2)})
 
 
+def measure(*options) -> dict:
+    """`step_seconds` in a process of its own. Arguments as there, without the pipe."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=step_seconds, args=(*options, theirs))
+    process.start()
+    theirs.close()
+    try:
+        found = ours.recv()
+    except EOFError:
+        found = {"failed": "the process ended before its time, most likely for want of memory"}
+    process.join()
+    return found
+
+
 def computed_gb(config: dict, stage: str, length: int, checkpointing: bool) -> dict[str, float]:
     """What a training step holds on a GPU, by arithmetic: float32 master weights, bfloat16 activations, one row.
 
@@ -95,38 +120,32 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096])
     parser.add_argument("--topk", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--repeats", type=int, default=2, help="0: nothing is measured")
+    parser.add_argument("--checkpointing", action="store_true", help="measure with activation checkpointing")
     args = parser.parse_args()
     config = json.loads(args.config.read_text())
-    spawn = multiprocessing.get_context("spawn")
     rows = []
-    for length in args.lengths:
-        for stage in STAGES:
-            ours, theirs = spawn.Pipe()
-            options = (args.config, stage, length, args.topk, args.repeats, args.checkpointing, theirs)
-            process = spawn.Process(target=step_seconds, args=options)
-            process.start()
-            theirs.close()
-            try:
-                found = ours.recv()
-            except EOFError:
-                found = {"failed": "the process ended before its time, most likely for want of memory"}
-            process.join()
-            if "seconds" in found:
-                found["tokens_per_second"] = round(length / found["seconds"])
-            computed = computed_gb(config, stage, length, args.checkpointing)
-            rows.append({"stage": stage, "length": length, **found, "computed_gpu_gb": computed})
-            print(rows[-1], flush=True)
-    gpu = torch.cuda.is_available()
-    result = {
-        "device": torch.cuda.get_device_name() if gpu else device_name(),
-        "torch": torch.__version__,
-        "precision": "bfloat16 autocast" if supports_bf16() else "float32",
-        "topk": args.topk,
-        "checkpointing": args.checkpointing,
-        "rows": rows,
-    }
+    for length, stage in product(args.lengths, STAGES):
+        row = {"stage": stage, "length": length}
+        if args.repeats:
+            row |= measure(args.config, stage, length, args.topk, args.repeats, args.checkpointing)
+        if "seconds" in row:
+            row["tokens_per_second"] = round(length / row["seconds"])
+        row["computed_gpu_gb"] = computed_gb(config, stage, length, checkpointing=False)
+        row["computed_gpu_gb_with_checkpointing"] = computed_gb(config, stage, length, checkpointing=True)
+        rows.append(row)
+        print(row, flush=True)
+    gpu = bool(args.repeats) and torch.cuda.is_available()
+    result = {"model": {name: config[name] for name in SIZES}}
+    if args.repeats:
+        result |= {
+            "device": device_name(),
+            "torch": torch.__version__,
+            "precision": "bfloat16 autocast" if supports_bf16() else "float32",
+            "topk": args.topk,
+            "checkpointing": args.checkpointing,
+        }
+    result["rows"] = rows
     write_json(Path("reports/gpu" if gpu else "reports/speed", "full_size.json"), result)
 
 
