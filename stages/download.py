@@ -68,7 +68,7 @@ def fetch(name: str, dataset, scan: Scan, wanted: int) -> dict:
     return {
         "source": dataset.uri,
         "revision": dataset.revision,
-        "files": [file if isinstance(file, dict) else vars(file) for file in dataset.files],
+        "files": [vars(file) for file in dataset.files],
         "fetched_bytes": dataset.fetched_bytes,
         "complete": scan.tally.kept == wanted,
         **scan.tally.summary(),
