@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from dsa import kernels
-from dsa.masks import SLAB_ELEMENTS, membership
+from dsa.masks import SLAB_ELEMENTS
 
 logger = logging.getLogger(__name__)
 
@@ -96,13 +96,6 @@ def sparse_attention_reference(
     return out.reshape(B, Hq, T, D).to(q.dtype)
 
 
-def _bias(mask: torch.Tensor, some: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """mask [C, N] as what SDPA adds to the logits; rows that are not in some [C] see everything, for a softmax over
-    nothing is NaN, and so would be its gradient: they are set to zero afterwards."""
-    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    return bias.masked_fill_(~(mask | ~some[:, None]), -torch.inf)[None, None]
-
-
 def decode_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, scaling: float
 ) -> torch.Tensor:
@@ -136,36 +129,44 @@ class GatherAttention(torch.autograd.Function):
 
     @staticmethod
     def slabs(q: torch.Tensor, k: torch.Tensor, indices: torch.Tensor):
-        """Yield (batch row, query slice, key selector, mask [C, N], some [C]) over the whole batch."""
+        """Yield (batch row, query slice, key selector, bias [1, 1, C, N], some [C, 1]) over the whole batch.
+
+        The bias is what SDPA adds to the logits: 0 at a query's keys, else -inf. A query without any key sees
+        everything, for a softmax over nothing is NaN, and so would be its gradient: `some` sets it to zero afterwards.
+        """
         B, Hq, T, _ = q.shape
         S = k.shape[2]
         rows = max(1, min(GATHER_ROWS, SLAB_ELEMENTS // (Hq * S)))
         for b in range(B):
             for start in range(0, T, rows):
                 chosen = indices[b, start : start + rows]
-                present = chosen >= 0
                 prefix = int(chosen.max()) + 1 if chosen.numel() else 0
                 if prefix == 0:
                     continue
-                mask = membership(chosen, prefix)
-                union = mask.any(0).nonzero().squeeze(-1)
-                if len(union) < UNION_SHARE * prefix:
-                    yield b, slice(start, start + rows), union, mask[:, union], present.any(-1)
+                at = chosen.long() % (prefix + 1)  # -1, no key, goes to an extra column
+                used = chosen.new_zeros(prefix + 1, dtype=torch.bool)
+                used[at] = True
+                keys, count = used[:prefix].nonzero().squeeze(-1), prefix
+                if len(keys) < UNION_SHARE * prefix:
+                    count = len(keys)
+                    at = (used.cumsum(0) - 1).index_fill_(0, used.new_tensor([prefix], dtype=torch.long), count)[at]
                 else:
-                    yield b, slice(start, start + rows), slice(0, prefix), mask, present.any(-1)
+                    keys = slice(0, prefix)
+                bias = q.new_full((len(chosen), count + 1), -torch.inf).scatter_(1, at, 0.0)[:, :count]
+                some = (chosen >= 0).any(-1, keepdim=True)
+                yield b, slice(start, start + rows), keys, bias.masked_fill_(~some, 0.0)[None, None], some
 
     @staticmethod
     def forward(ctx, q, k, v, indices, scaling):
         out = torch.zeros_like(q)
         lse = q.new_zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-        for b, queries, keys, mask, some in GatherAttention.slabs(q, k, indices):
+        for b, queries, keys, bias, some in GatherAttention.slabs(q, k, indices):
             args = q[b, None, :, queries], k[b, None, :, keys], v[b, None, :, keys]
-            bias = _bias(mask, some, q.dtype)
             if q.device.type == "cpu":
                 slab, lse[b, :, queries] = _flash(*args, 0.0, False, attn_mask=bias, scale=scaling)
             else:
                 slab = F.scaled_dot_product_attention(*args, attn_mask=bias, scale=scaling, enable_gqa=True)
-            out[b, :, queries] = slab[0] * some[:, None]
+            out[b, :, queries] = slab[0] * some
         ctx.save_for_backward(q, k, v, indices, out, lse)
         ctx.scaling = scaling
         return out
@@ -174,10 +175,9 @@ class GatherAttention(torch.autograd.Function):
     def backward(ctx, grad_out):
         q, k, v, indices, out, lse = ctx.saved_tensors
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for b, queries, keys, mask, some in GatherAttention.slabs(q, k, indices):
+        for b, queries, keys, bias, some in GatherAttention.slabs(q, k, indices):
             args = q[b, None, :, queries], k[b, None, :, keys], v[b, None, :, keys]
-            bias = _bias(mask, some, q.dtype)
-            grad = grad_out[b, None, :, queries] * some[:, None]
+            grad = grad_out[b, None, :, queries] * some
             if q.device.type == "cpu":
                 saved = out[b, None, :, queries], lse[b, None, :, queries]
                 gq, gk, gv = _flash_backward(grad, *args, *saved, 0.0, False, attn_mask=bias, scale=ctx.scaling)

@@ -32,7 +32,7 @@ def index_scores(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> tor
             dots = k.float() @ q[:, 0].float().transpose(1, 2)  # (B, S, H)
             return (dots.relu() @ (weights[:, 0, :, None].float() * scale)).transpose(1, 2)
         dots = (q.float().reshape(B, T * H, D) @ k.float().transpose(1, 2)).view(B * T, H, -1)
-        scores = (weights.float() * scale).reshape(B * T, 1, H) @ dots.relu()  # (B*T, 1, S)
+        scores = (weights.float() * scale).reshape(B * T, 1, H) @ dots.relu_()  # (B*T, 1, S)
         return scores.view(B, T, -1)
 
 

@@ -160,11 +160,12 @@ def _scores(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> tuple[to
 
 
 def _scores_backward(q, k, weights, relu, d_scores):
-    """Gradients (dq, dk, dw) of `_scores`; overwrites relu [B, T, H, S]."""
+    """Gradients (dq, dk, dw) of `_scores`; relu is [B, T, H, S]. The weights multiply what has D columns, not S."""
     B, T, H, D = q.shape
     scale = (D * H) ** -0.5
     dw = (relu.view(B * T, H, -1) @ d_scores.view(B * T, -1, 1)).view(B, T, H) * scale
-    d_dots = relu.sign_().mul_(d_scores[:, :, None]).mul_((weights * scale)[..., None]).view(B, T * H, -1)
-    dq = (d_dots @ k).view(B, T, H, D)
-    dk = d_dots.transpose(1, 2) @ q.reshape(B, T * H, D)
+    passed = torch.ops.aten.threshold_backward(d_scores[:, :, None].expand_as(relu), relu, 0).view(B, T * H, -1)
+    weights = (weights * scale)[..., None]
+    dq = (passed @ k).view(B, T, H, D) * weights
+    dk = passed.transpose(1, 2) @ (q * weights).reshape(B, T * H, D)
     return dq, dk, dw

@@ -46,6 +46,11 @@ class Visibility:
     explicit: torch.Tensor | None = None
     dense_mask: torch.Tensor | None = None
 
+    @property
+    def causal_only(self) -> bool:
+        """Whether nothing but causality hides a key."""
+        return self.explicit is None and self.key_mask is None and self.documents is None
+
     def slabs(self, batch: int, heads: int) -> Iterator[Slab]:
         """Slabs that cover all queries, few enough rows each that [batch, heads, rows, keys] stays small."""
         rows = max(16, min(256, SLAB_ELEMENTS // max(1, batch * heads * self.keys)))

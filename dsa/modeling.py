@@ -29,7 +29,7 @@ from dsa.config import Qwen2DSAConfig
 from dsa.indexer import LightningIndexer, index_scores
 from dsa.losses import attention_target, indexer_kl
 from dsa.masks import Visibility
-from dsa.selector import control_scores, select_topk
+from dsa.selector import control_scores, latest_keys, select_topk
 
 Index = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # index queries, keys and weights
 
@@ -102,7 +102,11 @@ class Qwen2DSAAttention(Qwen2Attention):
     def select(self, index: Index | None, q: torch.Tensor, k: torch.Tensor, visible: Visibility) -> torch.Tensor:
         """The keys of each query: int32 [B, T, min(topk, S)], a slab of queries at a time."""
         B, Hq = q.shape[:2]
-        topk, selector = self.config.index_topk, self.config.selector
+        topk, selector, sinks = self.config.index_topk, self.config.selector, self.config.index_sinks
+        if selector in ("window", "sink_window") and visible.causal_only:
+            positions = torch.arange(visible.length, device=q.device) + visible.offset
+            sinks = sinks if selector == "sink_window" else 0
+            return latest_keys(positions, topk, k.shape[2], sinks).expand(B, -1, -1)
         chosen = []
         for slab in visible.slabs(B, max(Hq, self.config.index_n_heads)):
             mask = visible.mask(slab, q.device)
@@ -113,8 +117,7 @@ class Qwen2DSAAttention(Qwen2Attention):
                 scores = attention_target(q[:, :, slab.queries], k[:, :, : slab.keys], mask, self.scaling)
             else:
                 positions = torch.arange(slab.start, slab.stop, device=q.device) + visible.offset
-                first = self.config.index_sinks
-                scores = control_scores(selector, positions, slab.keys, first, self.layer_idx).expand(B, -1, -1)
+                scores = control_scores(selector, positions, slab.keys, sinks, self.layer_idx).expand(B, -1, -1)
             chosen.append(select_topk(scores, topk, mask))
         width = min(topk, k.shape[2])
         chosen = [torch.nn.functional.pad(c, (0, width - c.shape[-1]), value=-1) for c in chosen]

@@ -55,13 +55,18 @@ def test_sparse_mode_below_the_context_is_something_else(dense_model, ids):
 def selected(model, monkeypatch, *args, **kwargs):
     """The indices that the layers really used, and the masks they came from."""
     calls = []
-    inner = modeling.select_topk
+    select_topk, latest_keys = modeling.select_topk, modeling.latest_keys
 
     def spy(scores, topk, mask=None):
-        calls.append((inner(scores, topk, mask), mask))
+        calls.append((select_topk(scores, topk, mask), mask))
+        return calls[-1][0]
+
+    def spy_latest(*args):
+        calls.append((latest_keys(*args), None))
         return calls[-1][0]
 
     monkeypatch.setattr(modeling, "select_topk", spy)
+    monkeypatch.setattr(modeling, "latest_keys", spy_latest)
     model(*args, **kwargs)
     return calls
 

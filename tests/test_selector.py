@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dsa import select_topk
-from dsa.selector import control_scores
+from dsa.selector import control_scores, latest_keys
 
 
 def naive(scores, topk, mask):
@@ -85,6 +85,17 @@ def test_nan_counts_as_minus_infinity():
 def test_topk_below_one_is_an_error(topk):
     with pytest.raises(ValueError, match="topk"):
         select_topk(torch.zeros(1, 1, 4), topk)
+
+
+@pytest.mark.parametrize(("positions", "keys"), [((0, 20), 20), ((13, 20), 20), ((19, 20), 20), ((5, 9), 30)])
+@pytest.mark.parametrize("sinks", [0, 2, 7])
+@pytest.mark.parametrize("topk", [1, 5, 20, 40])
+def test_latest_keys_are_what_top_k_of_the_positions_selects(positions, keys, sinks, topk):
+    """With a prefill, a chunk, a decoding step, and a static cache that is not full; sinks may outnumber k."""
+    queries = torch.arange(*positions)
+    scores = control_scores("sink_window" if sinks else "window", queries, keys, sinks, 0)
+    mask = (torch.arange(keys) <= queries[:, None])[None]
+    assert torch.equal(latest_keys(queries, topk, keys, sinks), select_topk(scores, topk, mask))
 
 
 def test_control_arms():
