@@ -27,7 +27,6 @@ def main() -> None:
     predictions = Predictions(("dense", "dsa"))
     gap, error = predictions.gap("dsa", "dense")
     share, share_error = predictions.lookups("share", "dsa", "dense")
-    right, right_error = predictions.lookups("right", "dsa", "dense")
     difference = (predictions.nll("dsa") - predictions.nll("dense")).astype(float)
     answers, arrays, count = predictions.answers, predictions.arrays, len(predictions.arrays["lengths"])
     selects = answers & (predictions.positions > p.topk)  # before, every key is among the k
@@ -45,8 +44,6 @@ def main() -> None:
         "share_dense": arms["dense"]["arms"]["dense"]["retrieval_tokens"],
         "share_gap": share,
         "share_gap_se": share_error,
-        "right_gap": right,
-        "right_gap_se": right_error,
         **{name: float(np.mean(layers)) for name, layers in selection.items()},  # mass@k, the best k's mass, recall
         "rows": {
             "tokens": row_sums(np.ones(answers.sum()), predictions.rows[answers], count),
