@@ -5,8 +5,8 @@
     python -m benchmarks.sweep report                             # dvc exp show --json to reports/sweep.{json,md}
     python -m benchmarks.sweep report --from reports/sweep.json   # the page again, without the experiments
 
-A point runs the stage `compare` and what it needs. `queue` leaves out points that are there or wait already: a sweep that
-was cut short goes on where it stopped. Experiments are git refs that no clone has: the JSON file is what is committed.
+A point runs the stage `compare` and what it needs. `queue` leaves out points that are there or wait already, so a sweep
+that was cut short goes on. Experiments are git refs that no clone has: the JSON file is what is committed.
 """
 
 import argparse
