@@ -92,9 +92,9 @@ def output_of(command: list[str]) -> str:
     return done.stdout
 
 
-def shown() -> list[dict]:
-    """The experiments on the current commit, by `dvc exp show`."""
-    commits = json.loads(output_of(["dvc", "exp", "show", "--json"]))
+def shown(commit: str = "HEAD") -> list[dict]:
+    """The experiments that began at a commit, by `dvc exp show`."""
+    commits = json.loads(output_of(["dvc", "exp", "show", "--json", "--rev", commit]))
     return [experiment for commit in commits for experiment in commit["experiments"] or []]
 
 
@@ -142,10 +142,10 @@ def read_experiment(experiment: dict, profile: str) -> dict | None:
     return row
 
 
-def collect(profile: str) -> dict:
+def collect(profile: str, commit: str = "HEAD") -> dict:
     """The sweep's experiments: `dvc exp show --json`, and each row's sums from the experiment's commit."""
     p = params.load(profile=profile)
-    rows = [row for row in (read_experiment(e, profile) for e in shown()) if row]
+    rows = [row for row in (read_experiment(e, profile) for e in shown(commit)) if row]
     common = {}
     for name in ("tokens", "lookups"):
         found = {tuple(row["rows"].pop(name)) for row in rows}
@@ -159,7 +159,7 @@ def collect(profile: str) -> dict:
         "hidden_size": json.loads(Path("data/base/config.json").read_text(encoding="utf-8"))["hidden_size"],
         "training": {"steps": p.sparse.steps, "warmup_batch": p.warmup.batch_size, "batch": p.sparse.batch_size},
         "device": device_name(),
-        "commit": output_of(["git", "rev-parse", "--short", "HEAD"]).strip(),
+        "commit": output_of(["git", "rev-parse", "--short", commit]).strip(),
         "rows": common,
         "experiments": sorted(rows, key=lambda row: [row[k] for k in Point.__dataclass_fields__]),
     }
@@ -182,6 +182,7 @@ def main() -> None:
     queues.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     reports = commands.add_parser("report", help="write reports/sweep.json, sweep.md and the figures")
     reports.add_argument("--from", dest="source", type=Path, help="this file instead of dvc exp show")
+    reports.add_argument("--rev", default="HEAD", help="the commit that the experiments began at")
     for command in (queues, reports):
         command.add_argument("--profile", default="sweep")
     args = parser.parse_args()
@@ -193,9 +194,11 @@ def main() -> None:
     if args.source:
         sweep = json.loads(args.source.read_text(encoding="utf-8"))
     else:
-        sweep = collect(args.profile)
+        sweep = collect(args.profile, args.rev)
         if not sweep["experiments"]:
-            raise SweepError(f"no experiment of the profile {args.profile} on this commit: see benchmarks/sweep.py")
+            raise SweepError(
+                f"no experiment of the profile {args.profile} began at {args.rev} (--rev names another commit)"
+            )
         write(sweep, OUT)
     write_report(sweep, OUT.parent)
 

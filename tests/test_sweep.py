@@ -196,7 +196,7 @@ def test_experiments_are_read_by_their_state_and_params(monkeypatch, tmp_path):
 def test_other_held_out_rows_are_refused(monkeypatch):
     monkeypatch.chdir(ROOT)
     rows = [{"rows": {"tokens": [n], "lookups": [0]}} for n in (1, 2)]
-    monkeypatch.setattr(sweep, "shown", lambda: rows)
+    monkeypatch.setattr(sweep, "shown", lambda commit: rows)
     monkeypatch.setattr(sweep, "read_experiment", lambda row, profile: row)
     with pytest.raises(SystemExit, match="same held-out rows"):
         sweep.collect("sweep")
