@@ -196,9 +196,7 @@ def main() -> None:
     else:
         sweep = collect(args.profile, args.rev)
         if not sweep["experiments"]:
-            raise SweepError(
-                f"no experiment of the profile {args.profile} began at {args.rev} (--rev names another commit)"
-            )
+            raise SweepError(f"no experiment of the profile {args.profile} began at {args.rev}; --rev names another")
         write(sweep, OUT)
     write_report(sweep, OUT.parent)
 

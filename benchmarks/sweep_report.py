@@ -238,18 +238,13 @@ def draw_warmup(table: list[dict], path: Path) -> None:
     save(figure, path)
 
 
-def stage_counts(experiments: list[dict]) -> dict | None:
-    """How often stages ran and were reused, by DVC's logs; None where no experiment has its log any more."""
-    logged = [e for e in experiments if e["ran"] is not None]
+def stage_counts(logged: list[dict]) -> dict | None:
+    """How often stages ran and were reused in the experiments that still have DVC's log; None where none has."""
     if not logged:
         return None
-    ran = Counter(stage for e in logged for stage in e["ran"])
-    return {
-        "experiments": len(logged),
-        "ran": ran.total(),
-        "reused": sum(len(e["reused"]) for e in logged),
-        "of": dict(ran.most_common()),
-    }
+    ran = Counter(stage for row in logged for stage in row["ran"])
+    reused = sum(len(row["reused"]) for row in logged)
+    return {"experiments": len(logged), "ran": ran.total(), "reused": reused, "of": dict(ran.most_common())}
 
 
 def write_report(sweep: dict, folder: Path) -> None:
@@ -274,6 +269,7 @@ def write_report(sweep: dict, folder: Path) -> None:
     ):
         if len(table) > (name != "indexer"):
             draw(table, folder / f"sweep/{name}.png")
+    ran = [row for row in sweep["experiments"] if row["ran"] is not None]
     context = {
         "sweep": sweep,
         "base": base,
@@ -291,11 +287,10 @@ def write_report(sweep: dict, folder: Path) -> None:
         "missing": s.missing(),
         "planned": len({point for group in plan(base).values() for point in group}),
         "command": " ".join(base.command(sweep["profile"])),
-        "counts": stage_counts(sweep["experiments"]),
+        "counts": stage_counts(ran),
         "tokens": int(s.counts["tokens"].sum()),
         "lookups": int(s.counts["lookups"].sum()),
-        "hours": sum(row["seconds"][x] for row in sweep["experiments"] for x in row["ran"] or [] if x in row["seconds"])
-        / 3600,
+        "minutes": sum(row["seconds"].get(stage, 0) for row in ran for stage in row["ran"]) / 60,
     }
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

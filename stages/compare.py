@@ -14,11 +14,6 @@ from stages.common import write_json
 from stages.statistics import Predictions, mean_with_error
 
 
-def row_sums(values: np.ndarray, rows: np.ndarray, count: int) -> list[float]:
-    """The sum of the values of each of `count` rows."""
-    return np.bincount(rows, values, count).round(5).tolist()
-
-
 def main() -> None:
     p = params.load("compare")
     arms = {
@@ -31,7 +26,7 @@ def main() -> None:
     answers, arrays, count = predictions.answers, predictions.arrays, len(predictions.arrays["lengths"])
     selects = answers & (predictions.positions > p.topk)  # before, every key is among the k
     beyond = mean_with_error(difference[selects], predictions.rows[selects]) if selects.any() else (0.0, 0.0)
-    lookup_rows = arrays["lookup_row"].astype(int)
+    answer_rows, lookup_rows = predictions.rows[answers], arrays["lookup_row"].astype(int)
     shares = arrays["share_dsa"].astype(float) - arrays["share_dense"]
     selection = arms["dsa"]["selection"]
     metrics = {
@@ -45,11 +40,11 @@ def main() -> None:
         "share_gap": share,
         "share_gap_se": share_error,
         **{name: float(np.mean(layers)) for name, layers in selection.items()},  # mass@k, the best k's mass, recall
-        "rows": {
-            "tokens": row_sums(np.ones(answers.sum()), predictions.rows[answers], count),
-            "gap": row_sums(difference[answers], predictions.rows[answers], count),
-            "lookups": row_sums(np.ones(len(shares)), lookup_rows, count),
-            "share_gap": row_sums(shares, lookup_rows, count),
+        "rows": {  # one number a row
+            "tokens": np.bincount(answer_rows, minlength=count).tolist(),
+            "gap": np.bincount(answer_rows, difference[answers], count).round(5).tolist(),
+            "lookups": np.bincount(lookup_rows, minlength=count).tolist(),
+            "share_gap": np.bincount(lookup_rows, shares, count).round(5).tolist(),
         },
     }
     metrics = {name: round(x, 5) if isinstance(x, float) else x for name, x in metrics.items()}

@@ -115,7 +115,8 @@ def test_the_page_has_the_numbers_and_says_what_is_missing(tmp_path):
     text = (tmp_path / "sweep.md").read_text()
     assert "| 256 | 1/8 | +0.1500 ± 0.0500 |" in text
     assert "| 32 | 1/64 | +0.4000 ± 0.0000 | [+0.4000, +0.4000]" in text
-    assert "A loss is shown for k = 32;" in text and "No loss against dense attention is shown for k = none." in text
+    assert "A loss is shown for k = 32 (+0.4000 [+0.4000, +0.4000])." in text
+    assert "No loss against dense attention is shown for none." in text
     assert "1 × 16" in text and "Fewer than two lengths of warm-up were run" in text
     assert "5 experiments of 51 planned" in text and "Missing: 46 planned points" in text
     assert "10 stages ran and 15 were reused" in text
