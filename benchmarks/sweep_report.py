@@ -17,7 +17,7 @@ from benchmarks.sweep import Point, plan
 from stages.figures import COLORS, plt, save
 from stages.statistics import ratio_with_error
 
-TOLERANCE = 0.01  # nats a token, one per cent of perplexity: less is called no loss
+TOLERANCE = 0.01  # nats a token, one per cent of perplexity: the smallest loss that matters
 NORMAL = 1.96
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # 97.5 %
 
@@ -38,18 +38,19 @@ class Estimate:
 
 
 def over_seeds(values: np.ndarray) -> float:
-    """Standard error of the mean of [seeds]; 0 of a single one, of which nothing is known."""
-    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
+    """Standard error of the mean of [seeds]; NaN of a single one, which tells nothing of others."""
+    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else np.nan
 
 
 def estimate(sums: np.ndarray, counts: np.ndarray) -> Estimate:
     """From the sums of each seed and row [seeds, rows] and the counts of each row [rows]."""
     seeds = len(sums)
     mean, row_error = ratio_with_error(sums.mean(axis=0), counts)
-    seed_error = over_seeds(sums.sum(axis=1) / counts.sum())
-    student = STUDENT.get(seeds - 1, NORMAL) if seeds > 1 else 0.0
-    half = float(np.hypot(NORMAL * row_error, student * seed_error))
-    return Estimate(mean, seed_error if seeds > 1 else row_error, row_error, mean - half, mean + half, seeds)
+    half, error = NORMAL * row_error, row_error
+    if seeds > 1:
+        error = over_seeds(sums.sum(axis=1) / counts.sum())
+        half = float(np.hypot(half, STUDENT.get(seeds - 1, NORMAL) * error))
+    return Estimate(mean, error, row_error, mean - half, mean + half, seeds)
 
 
 def indexer_cost(n_heads: int, head_dim: int, hidden: int, context: int) -> dict[str, int]:
@@ -153,12 +154,12 @@ def pareto(table: list[dict], cost: str) -> list[dict]:
 
 
 def verdicts(table: list[dict], what: str) -> dict[str, list[dict]]:
-    """The lines by what the interval of `what` shows: no loss (all of it below the tolerance), worse (above 0, and not
-    below the tolerance), open. The reference itself is in none."""
-    lines: dict[str, list[dict]] = {"no_loss": [], "worse": [], "open": []}
+    """The lines by where the interval of `what` lies: within the tolerance (all of it below), worse (above 0, and not
+    below the tolerance), open (the rest). The reference itself is in none."""
+    lines: dict[str, list[dict]] = {"within": [], "worse": [], "open": []}
     for line in table:
         if (x := line[what]) is not None:
-            lines["no_loss" if x.high < TOLERANCE else "worse" if x.low > 0 else "open"].append(line)
+            lines["within" if x.high < TOLERANCE else "worse" if x.low > 0 else "open"].append(line)
     return lines
 
 

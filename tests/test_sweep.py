@@ -95,7 +95,7 @@ def test_verdicts_and_front():
 
     table = [line("a", 1, 0.5, 0.1), line("b", 2, 0.02, 0.05), line("c", 2, 0.0, 0.001), line("d", 4, 0.004, 0.005)]
     assert {k: [x["size"] for x in v] for k, v in verdicts([*table, {"gap": None}], "gap").items()} == {
-        "no_loss": ["c", "d"],
+        "within": ["c", "d"],
         "worse": ["a"],
         "open": ["b"],
     }
@@ -115,11 +115,11 @@ def test_the_page_has_the_numbers_and_says_what_is_missing(tmp_path):
     text = (tmp_path / "sweep.md").read_text()
     assert "| 256 | 1/8 | +0.1500 ± 0.0500 |" in text
     assert "| 32 | 1/64 | +0.4000 ± 0.0000 | [+0.4000, +0.4000]" in text
-    assert "A loss is shown for k = 32 (+0.4000 [+0.4000, +0.4000])." in text
-    assert "No loss against dense attention is shown for none." in text
+    assert "not excluded: k = 32 (+0.4000 [+0.4000, +0.4000])." in text
+    assert "by the whole interval: none." in text
     assert "1 × 16" in text and "Fewer than two lengths of warm-up were run" in text
     assert "5 experiments of 51 planned" in text and "Missing: 46 planned points" in text
-    assert "10 stages ran and 15 were reused" in text
+    assert "10 stages ran and 15 were reused (runs: sparse 5, compare 5)" in text
     assert {p.name for p in (tmp_path / "sweep").iterdir()} == {"topk.png", "indexer.png"}
 
 
