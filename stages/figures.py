@@ -139,18 +139,18 @@ def training_curves(curves: dict[str, pd.DataFrame], path: Path) -> None:
         )
     left.set_ylabel("training loss on answers (nats per token)")
     left.legend()
-    begun = curves["warmup"]["step"].max()
+    begun = curves["warmup"]["step"].max() if len(curves["warmup"]) else 0
     for stage, arm, start in (("warmup", "warmup", 0), ("sparse", "dsa", begun)):
         name = "dense warm-up, over all keys" if stage == "warmup" else "sparse training, over selected keys"
         middle.plot(curves[stage]["step"] + start, curves[stage]["kl"], color=COLORS[arm], label=name)
     middle.set_ylabel("indexer KL (nats, mean of layers)")
     middle.set_yscale("log")
     middle.legend()
-    layers = [c for c in curves["warmup"] if c.startswith("mass_layer_")]
+    layers = [c for c in curves["sparse"] if c.startswith("mass_layer_")]
     for i, name in enumerate(layers):
         mass = pd.concat(
             [
-                curves["warmup"][["step", name]],
+                curves["warmup"].reindex(columns=["step", name]),
                 curves["sparse"][["step", name]].assign(step=lambda c: c["step"] + begun),
             ]
         )

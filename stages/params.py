@@ -87,6 +87,10 @@ class Training(Section):
     gradient_checkpointing: bool = False
 
 
+class WarmupTraining(Training):
+    steps: Natural  # 0: sparse training begins with an indexer that has learned nothing
+
+
 class SparseTraining(Training):
     indexer_learning_rate: Rate
 
@@ -138,7 +142,7 @@ class Params(Section):
     pretrain: Pretrain | None = None
     data: Data
     dense: Training
-    warmup: Training
+    warmup: WarmupTraining
     sparse: SparseTraining
     preference: Preference
     dpo: DPO

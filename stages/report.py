@@ -106,7 +106,8 @@ def draw(
         figures.base_curve(curve, base["held_out_loss"], FIGURES / "base_curve.png")
     dpo = {arm: pd.read_csv(REPORTS / f"dpo/{arm}.csv") for arm in preference.ARMS}
     figures.preference(dpo, tables["preference"], FIGURES / "preference.png")
-    figures.retrieval(tables["retrieval"], FIGURES / "retrieval.png")
+    if p.evaluate.retrieval.lengths:
+        figures.retrieval(tables["retrieval"], FIGURES / "retrieval.png")
     figures.cost_by_position(cost, p.topk, FIGURES / "cost_by_position.png")
 
 

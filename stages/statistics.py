@@ -4,13 +4,18 @@ import numpy as np
 import pandas as pd
 
 
+def ratio_with_error(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
+    """Sum over count and its standard error, rows as the independent units, from each row's sum and count."""
+    sums, counts = sums[counts > 0], counts[counts > 0]
+    mean, n = sums.sum() / counts.sum(), len(counts)
+    residual = sums - mean * counts
+    return float(mean), float(np.sqrt(n / max(1, n - 1) * (residual**2).sum()) / counts.sum())
+
+
 def mean_with_error(values: np.ndarray, rows: np.ndarray) -> tuple[float, float]:
     """Mean of per-token values and its standard error with rows, not tokens, as the independent units."""
     frame = pd.DataFrame({"row": rows, "value": values}).groupby("row")["value"].agg(["sum", "count"])
-    mean = frame["sum"].sum() / frame["count"].sum()
-    residual = frame["sum"] - mean * frame["count"]
-    n = len(frame)
-    return float(mean), float(np.sqrt(n / max(1, n - 1) * (residual**2).sum()) / frame["count"].sum())
+    return ratio_with_error(frame["sum"].to_numpy(), frame["count"].to_numpy())
 
 
 def load(path: str) -> dict[str, np.ndarray]:

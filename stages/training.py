@@ -95,13 +95,14 @@ def run(trainer: Trainer, folder: Path, tokens_per_step: float) -> dict:
     """Train, from the last checkpoint in `folder` if there is one. Returns the run's metrics."""
     trainer.pop_callback(next(c for c in trainer.callback_handler.callbacks if "Progress" in type(c).__name__))
     trainer.add_callback(TokenProgress(tokens_per_step))
-    checkpoint = last_checkpoint(folder)
-    resumed_at = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    steps = trainer.args.max_steps
+    steps, resumed_at, seconds = trainer.args.max_steps, 0, 0.0
+    if steps > 0:  # 0 is no limit to the Trainer
+        checkpoint = last_checkpoint(folder)
+        resumed_at = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
+        seconds = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
     return {
         "tokens": round(steps * tokens_per_step),
-        "tokens_per_second": round((steps - resumed_at) * tokens_per_step / result.metrics["train_runtime"]),
+        "tokens_per_second": round((steps - resumed_at) * tokens_per_step / seconds) if seconds else 0,
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "resumed_at_step": resumed_at,
         "precision": "bfloat16 autocast" if trainer.args.bf16 else "float32",
@@ -109,7 +110,9 @@ def run(trainer: Trainer, folder: Path, tokens_per_step: float) -> dict:
 
 
 def first_and_last(curve: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Means of a curve's columns over its first and its last tenth."""
+    """Means of a curve's columns over its first and its last tenth; nothing of an empty one."""
+    if curve.empty:
+        return {}
     tenth = max(1, len(curve) // 10)
     ends = {"first": curve.iloc[:tenth], "last": curve.iloc[-tenth:]}
     return {name: end.mean().drop("step").round(4).to_dict() for name, end in ends.items()}
@@ -164,7 +167,7 @@ def train(
 
 def write_curve(history: list[dict], path: Path, logged: tuple[str, ...]) -> pd.DataFrame:
     """One line an optimiser step: what is `logged`, and a layer's KL, and its mass where it was probed."""
-    steps = pd.DataFrame(history).groupby("step").first().reset_index()
+    steps = pd.DataFrame(history, columns=None if history else ["step", *logged]).groupby("step").first().reset_index()
     # Sorted: a history that went through a checkpoint has its keys in another order.
     names = ["step", *sorted(c for c in steps if c in logged or "_layer_" in c)]
     curve = steps[steps["learning_rate"].notna()][names]

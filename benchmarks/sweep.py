@@ -1,0 +1,205 @@
+"""Sweeps over top-k, indexer size, warm-up length and seed as DVC experiments.
+
+    python -m benchmarks.sweep queue [topk] [indexer] [warmup]    # dvc exp run --queue, once a point
+    dvc exp run --run-all                                         # one after the other; or dvc queue start
+    python -m benchmarks.sweep report                             # dvc exp show --json to reports/sweep.{json,md}
+    python -m benchmarks.sweep report --from reports/sweep.json   # the page again, without the experiments
+
+A point runs the stage `compare` and what it needs. `queue` leaves out points that are there or wait already, so a sweep
+that was cut short goes on. Experiments are git refs that no clone has: the JSON file is what is committed.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+
+from stages import params
+from stages.common import device_name
+
+OUT = Path("reports/sweep.json")
+TOPK = (32, 64, 128, 256, 512, 1024)
+INDEXERS = ((1, 16), (1, 64), (4, 16), (4, 64), (8, 128))  # heads x size; 1 x 64 and 4 x 16 cost the same to score
+INDEXER_TOPK = (64, 256)  # a bad choice of keys costs more where they are few
+WARMUP = (0, 10, 40, 80)  # steps
+SEEDS = (0, 1, 2)
+METRICS = "reports/compare.json"
+TIMED = {  # stage: where its seconds are
+    "dense": "reports/train/dense.json",
+    "warmup": "reports/train/warmup.json",
+    "sparse": "reports/train/sparse.json",
+    "evaluate@dense": "reports/evaluate/dense.json",
+    "evaluate@dsa": "reports/evaluate/dsa.json",
+}
+
+
+class SweepError(SystemExit):
+    """str() is the one line to show."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """What varies from experiment to experiment."""
+
+    topk: int
+    n_heads: int
+    head_dim: int
+    warmup_steps: int
+    seed: int
+
+    def name(self, profile: str) -> str:
+        return f"{profile}-k{self.topk}-i{self.n_heads}x{self.head_dim}-w{self.warmup_steps}-s{self.seed}"
+
+    def settings(self, profile: str) -> list[str]:
+        """The values of `dvc exp run -S`."""
+        return [
+            f"profile={profile}",
+            f"seed={self.seed}",
+            f"topk={self.topk}",
+            f"indexer.n_heads={self.n_heads}",
+            f"indexer.head_dim={self.head_dim}",
+            f"profiles/{profile}.yaml:warmup.steps={self.warmup_steps}",
+        ]
+
+    def command(self, profile: str) -> list[str]:
+        settings = [part for setting in self.settings(profile) for part in ("-S", setting)]
+        return ["dvc", "exp", "run", "--queue", "-n", self.name(profile), *settings, "compare"]
+
+
+def base_point(profile: str) -> Point:
+    """The default of every knob: what a group of points leaves as it is."""
+    p = params.load(profile=profile)
+    return Point(p.topk, p.indexer.n_heads, p.indexer.head_dim, p.warmup.steps, p.seed)
+
+
+def plan(base: Point, topk=TOPK, seeds=SEEDS) -> dict[str, list[Point]]:
+    """The points of each group, seed by seed. A point may be in several groups; it is one experiment."""
+    size = (base.n_heads, base.head_dim)
+    return {
+        "topk": [Point(k, *size, base.warmup_steps, s) for s, k in product(seeds, topk)],
+        "indexer": [Point(k, *i, base.warmup_steps, s) for s, i, k in product(seeds, INDEXERS, INDEXER_TOPK)],
+        "warmup": [Point(base.topk, *size, steps, s) for s, steps in product(seeds, WARMUP)],
+    }
+
+
+def output_of(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SweepError(f"{' '.join(command)}: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
+    return done.stdout
+
+
+def shown(commit: str = "HEAD") -> list[dict]:
+    """The experiments that began at a commit, by `dvc exp show`."""
+    commits = json.loads(output_of(["dvc", "exp", "show", "--json", "--rev", commit]))
+    return [experiment for commit in commits for experiment in commit["experiments"] or []]
+
+
+def queue(groups: list[str], profile: str, topk: list[int], seeds: list[int]) -> None:
+    points = [
+        point for name, group in plan(base_point(profile), topk, seeds).items() if name in groups for point in group
+    ]
+    states = {e["name"]: (e.get("executor") or {}).get("state", "success") for e in shown()}
+    there = {name for name, state in states.items() if state != "failed"}
+    wanted = [point for point in dict.fromkeys(points) if point.name(profile) not in there]
+    for point in wanted:
+        command = point.command(profile)
+        print(" ".join(command), flush=True)
+        output_of(command)
+    print(f"{len(wanted)} experiments queued, {len(set(points)) - len(wanted)} were there. Now: dvc exp run --run-all")
+
+
+def stages_of(log: Path) -> tuple[list[str], list[str]]:
+    """The stages that an experiment ran, and those that it took from the cache, by DVC's own log."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    ran = re.findall(r"^Running stage '([^']+)'", text, re.MULTILINE)
+    reused = re.findall(r"^Stage '([^']+)' (?:is cached|didn't change)", text, re.MULTILINE)
+    return ran, [stage for stage in reused if stage != "pretrain"]  # frozen: its result is in git
+
+
+def read_experiment(experiment: dict, profile: str) -> dict | None:
+    """One entry of `dvc exp show --json` as a row of the sweep; None where it is another's, failed or has not run."""
+    revision, executor = experiment["revs"][0], experiment.get("executor") or {}
+    data = revision["data"]
+    if revision.get("error") or executor.get("state", "success") != "success" or not data:
+        return None
+    knobs = data["params"]["params.yaml"]["data"]
+    scale = data["params"].get(f"profiles/{profile}.yaml", {}).get("data")
+    if knobs["profile"] != profile or not scale or METRICS not in data["metrics"]:
+        return None
+    point = Point(knobs["topk"], **knobs["indexer"], warmup_steps=scale["warmup"]["steps"], seed=knobs["seed"])
+    if experiment["name"] != point.name(profile):
+        return None
+    row = {"name": experiment["name"], **asdict(point), "metrics": data["metrics"][METRICS]["data"]}
+    row["seconds"] = {stage: data["metrics"][file]["data"]["run"]["seconds"] for stage, file in TIMED.items()}
+    log = Path((executor.get("local") or {}).get("log") or "")
+    row["ran"], row["reused"] = stages_of(log) if log.is_file() else (None, None)
+    # DVC shows no lists; the file of the experiment's commit has them.
+    row["rows"] = json.loads(output_of(["git", "show", f"{data['rev']}:{METRICS}"]))["rows"]
+    return row
+
+
+def collect(profile: str, commit: str = "HEAD") -> dict:
+    """The sweep's experiments: `dvc exp show --json`, and each row's sums from the experiment's commit."""
+    p = params.load(profile=profile)
+    rows = [row for row in (read_experiment(e, profile) for e in shown(commit)) if row]
+    common = {}
+    for name in ("tokens", "lookups"):
+        found = {tuple(row["rows"].pop(name)) for row in rows}
+        if len(found) > 1:
+            raise SweepError(f"the experiments were not scored on the same held-out rows: {name} differ")
+        common[name] = list(found.pop()) if found else []
+    return {
+        "profile": profile,
+        "base": asdict(base_point(profile)),
+        "context": p.data.max_length,
+        "hidden_size": json.loads(Path("data/base/config.json").read_text(encoding="utf-8"))["hidden_size"],
+        "training": {"steps": p.sparse.steps, "warmup_batch": p.warmup.batch_size, "batch": p.sparse.batch_size},
+        "device": device_name(),
+        "commit": output_of(["git", "rev-parse", "--short", commit]).strip(),
+        "rows": common,
+        "experiments": sorted(rows, key=lambda row: [row[k] for k in Point.__dataclass_fields__]),
+    }
+
+
+def write(sweep: dict, path: Path) -> None:
+    """JSON with an experiment a line."""
+    head = json.dumps({key: value for key, value in sweep.items() if key != "experiments"}, indent=1)
+    head = re.sub(r"\[[^\[\]]*\]", lambda match: " ".join(match[0].split()), head)
+    rows = ",\n".join("  " + json.dumps(row) for row in sweep["experiments"])
+    path.write_text(f'{head[:-2]},\n "experiments": [\n{rows}\n ]\n}}\n', encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    queues = commands.add_parser("queue", help="queue the points that are not there yet")
+    queues.add_argument("groups", nargs="*", choices=["topk", "indexer", "warmup", []], metavar="topk indexer warmup")
+    queues.add_argument("--topk", type=int, nargs="+", default=TOPK, help="of the group topk")
+    queues.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    reports = commands.add_parser("report", help="write reports/sweep.json, sweep.md and the figures")
+    reports.add_argument("--from", dest="source", type=Path, help="this file instead of dvc exp show")
+    reports.add_argument("--rev", default="HEAD", help="the commit that the experiments began at")
+    for command in (queues, reports):
+        command.add_argument("--profile", default="sweep")
+    args = parser.parse_args()
+    if args.command == "queue":
+        queue(args.groups or ["topk", "indexer", "warmup"], args.profile, args.topk, args.seeds)
+        return
+    from benchmarks.sweep_report import write_report
+
+    if args.source:
+        sweep = json.loads(args.source.read_text(encoding="utf-8"))
+    else:
+        sweep = collect(args.profile, args.rev)
+        if not sweep["experiments"]:
+            raise SweepError(f"no experiment of the profile {args.profile} began at {args.rev}; --rev names another")
+        write(sweep, OUT)
+    write_report(sweep, OUT.parent)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+"""reports/sweep.md and its figures from the sweep's experiments (benchmarks/sweep.py): tables, intervals, sentences.
+
+Two errors are told apart. Over seeds: training again with another seed. Over rows: other held-out rows, the seeds'
+means of each row being the independent units. An interval has both, t for the seeds and normal for the rows, added in
+squares; what a row and a seed do together is counted in both, so it is rather too wide.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from benchmarks.sweep import Point, plan
+from stages.figures import COLORS, plt, save
+from stages.statistics import ratio_with_error
+
+TOLERANCE = 0.01  # nats a token, one per cent of perplexity: the smallest loss that matters
+NORMAL = 1.96
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # 97.5 %
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds and rows. `error` is the standard error over seeds, over rows where there is one seed."""
+
+    mean: float
+    error: float
+    row_error: float
+    low: float  # of the 95 % interval
+    high: float
+    seeds: int
+
+    def __mul__(self, factor: float) -> "Estimate":
+        return Estimate(*(factor * x for x in (self.mean, self.error, self.row_error, self.low, self.high)), self.seeds)
+
+
+def over_seeds(values: np.ndarray) -> float:
+    """Standard error of the mean of [seeds]; NaN of a single one, which tells nothing of others."""
+    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else np.nan
+
+
+def estimate(sums: np.ndarray, counts: np.ndarray) -> Estimate:
+    """From the sums of each seed and row [seeds, rows] and the counts of each row [rows]."""
+    seeds = len(sums)
+    mean, row_error = ratio_with_error(sums.mean(axis=0), counts)
+    half, error = NORMAL * row_error, row_error
+    if seeds > 1:
+        error = over_seeds(sums.sum(axis=1) / counts.sum())
+        half = float(np.hypot(half, STUDENT.get(seeds - 1, NORMAL) * error))
+    return Estimate(mean, error, row_error, mean - half, mean + half, seeds)
+
+
+def indexer_cost(n_heads: int, head_dim: int, hidden: int, context: int) -> dict[str, int]:
+    """Of a token in a layer: bytes of its key in the cache (bfloat16), and FLOPs of its projections and of scoring
+    `context` keys, multiply-adds twice."""
+    projections = hidden * (n_heads * head_dim + head_dim + n_heads)
+    return {"bytes": 2 * head_dim, "flops": 2 * (projections + n_heads * head_dim * context)}
+
+
+class Sweep:
+    """The experiments by what they vary, each point with all of its seeds."""
+
+    def __init__(self, sweep: dict):
+        self.sweep = sweep
+        self.base = Point(**sweep["base"])
+        self.counts = {name: np.array(values, float) for name, values in sweep["rows"].items()}
+        self.points: dict[tuple, dict[int, dict]] = {}
+        for row in sweep["experiments"]:
+            self.points.setdefault(self.key(Point(*(row[k] for k in Point.__dataclass_fields__))), {})[row["seed"]] = (
+                row
+            )
+
+    @staticmethod
+    def key(point: Point) -> tuple:
+        return point.topk, point.n_heads, point.head_dim, point.warmup_steps
+
+    def rows(self, point: Point) -> dict[int, dict]:
+        """{seed: experiment}."""
+        return self.points.get(self.key(point), {})
+
+    def paired(self, what: str, point: Point, reference: Point | None = None) -> Estimate | None:
+        """DSA minus dense attention on the same rows, or that of a point minus that of the reference, seed by seed.
+
+        Dense attention of a seed is the same in both, so the latter is the difference of the two DSA models. None where
+        they have no seed in common.
+        """
+        counts = self.counts["tokens" if what == "gap" else "lookups"]
+        ours, theirs = self.rows(point), self.rows(reference) if reference else None
+        seeds = [s for s in sorted(ours) if theirs is None or s in theirs]
+        if not seeds or not counts.sum():
+            return None
+        sums = np.array([ours[s]["rows"][what] for s in seeds], float)
+        if theirs is not None:
+            sums -= np.array([theirs[s]["rows"][what] for s in seeds], float)
+        return estimate(sums, counts)
+
+    def mean(self, name: str, point: Point) -> tuple[float, float]:
+        """A metric's mean over seeds, and its standard error."""
+        values = np.array([row["metrics"][name] for row in self.rows(point).values()], float)
+        return float(values.mean()), over_seeds(values)
+
+    def seconds(self, stage: str, point: Point) -> float:
+        """The median, for stages that were reused have the time of the run that was."""
+        return float(np.median([row["seconds"][stage] for row in self.rows(point).values()]))
+
+    def line(self, point: Point, reference: Point) -> dict:
+        """A line of a table."""
+        share = self.paired("share_gap", point)
+        return {
+            "point": point,
+            "size": f"{point.n_heads} × {point.head_dim}",
+            **indexer_cost(point.n_heads, point.head_dim, self.sweep["hidden_size"], self.sweep["context"]),
+            "gap": self.paired("gap", point),
+            "beyond": self.mean("gap_beyond_k", point),
+            "share": tuple(100 * x for x in self.mean("share", point)),
+            "share_gap": share * 100 if share else None,
+            "mass": self.mean("mass", point),
+            "oracle_mass": self.mean("oracle_mass", point),
+            "change": self.paired("gap", point, reference) if point != reference else None,
+            "warmup_seconds": self.seconds("warmup", point),
+        }
+
+    def table(self, group: str, knobs: Callable[[Point], tuple], reference: Callable[[Point], Point]) -> list[dict]:
+        """The points of a group that ran, in the order of its knobs, each beside its reference."""
+        return [self.line(point, reference(point)) for point in sorted(self.varied(group), key=knobs)]
+
+    def varied(self, group: str) -> list[Point]:
+        """What ran and differs from the base in nothing but what the group varies; the seed is of no meaning."""
+        fixed = {"topk": (1, 2, 3), "indexer": (3,), "warmup": (0, 1, 2)}[group]
+        base = self.key(self.base)
+        ran = [key for key in self.points if all(key[i] == base[i] for i in fixed)]
+        if group == "indexer":  # at the k of the plan
+            wanted = {point.topk for point in plan(self.base)["indexer"]}
+            ran = [key for key in ran if key[0] in wanted]
+        return [Point(*key, seed=self.base.seed) for key in ran]
+
+    def missing(self) -> list[str]:
+        """The points of the plan without an experiment."""
+        points = dict.fromkeys(point for group in plan(self.base).values() for point in group)
+        return [p.name(self.sweep["profile"]) for p in points if p.seed not in self.rows(p)]
+
+
+def pareto(table: list[dict], cost: str) -> list[dict]:
+    """The lines that no other beats: none is as cheap with a smaller gap, or cheaper with as small a one."""
+    front, best = [], np.inf
+    for line in sorted(table, key=lambda line: (line[cost], line["gap"].mean)):
+        if line["gap"].mean < best:
+            front.append(line)
+            best = line["gap"].mean
+    return front
+
+
+def verdicts(table: list[dict], what: str) -> dict[str, list[dict]]:
+    """The lines by where the interval of `what` lies: within the tolerance (all of it below), worse (above 0, and not
+    below the tolerance), open (the rest). The reference itself is in none."""
+    lines: dict[str, list[dict]] = {"within": [], "worse": [], "open": []}
+    for line in table:
+        if (x := line[what]) is not None:
+            lines["within" if x.high < TOLERANCE else "worse" if x.low > 0 else "open"].append(line)
+    return lines
+
+
+def draw_topk(table: list[dict], base: Point, path: Path) -> None:
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4))
+    ks = [line["point"].topk for line in table]
+    gap = [line["gap"] for line in table]
+    axes[0].errorbar(ks, [e.mean for e in gap], [e.error for e in gap], color=COLORS["dsa"], marker="o")
+    axes[0].axhline(0, color=COLORS["dense"], linewidth=1)
+    axes[0].axhline(TOLERANCE, color="#999999", linestyle=":")
+    axes[0].set_ylabel("answer loss minus dense (nats a token)")
+    if table[0]["share_gap"]:
+        share = [line["share_gap"] for line in table]
+        axes[1].errorbar(ks, [e.mean for e in share], [e.error for e in share], color=COLORS["dsa"], marker="o")
+    axes[1].axhline(0, color=COLORS["dense"], linewidth=1)
+    axes[1].set_ylabel("tokens of look-ups right, minus dense (points)")
+    for name, color, label in (("mass", "dsa", "indexer's k keys"), ("oracle_mass", "oracle", "best k keys")):
+        values = np.array([line[name] for line in table])
+        axes[2].errorbar(ks, values[:, 0], values[:, 1], color=COLORS[color], marker="o", label=label)
+    axes[2].set_ylabel("mass@k, share of attention")
+    axes[2].legend()
+    for axis in axes:
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ks, [str(k) for k in ks])
+        axis.set_xlabel("k, trained for each")
+        axis.axvline(base.topk, color="#999999", linestyle=":")
+    figure.suptitle("Quality against k (bars: ± one standard error)")
+    save(figure, path)
+
+
+def draw_indexer(tables: dict[int, list[dict]], path: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    for axis, cost, label in zip(
+        axes, ("flops", "bytes"), ("FLOPs a token and layer", "bytes a token and layer"), strict=True
+    ):
+        for (topk, table), color in zip(tables.items(), ("dsa", "window_trained", "oracle", "warmup"), strict=False):
+            gap = [line["gap"] for line in table]
+            axis.errorbar(
+                [line[cost] for line in table],
+                [e.mean for e in gap],
+                [e.error for e in gap],
+                color=COLORS[color],
+                marker="o",
+                linestyle="",
+                label=f"k = {topk}",
+            )
+            front = pareto(table, cost)
+            axis.step(
+                [line[cost] for line in front], [line["gap"].mean for line in front], where="post", color=COLORS[color]
+            )
+            for line in table:
+                axis.annotate(
+                    line["size"], (line[cost], line["gap"].mean), (4, 4), textcoords="offset points", fontsize=7
+                )
+        axis.set_xscale("log", base=2)
+        axis.axhline(0, color=COLORS["dense"], linewidth=1)
+        axis.set_xlabel(f"indexer: {label}")
+        axis.legend()
+    axes[0].set_ylabel("answer loss minus dense (nats a token)")
+    figure.suptitle("Quality against the indexer's cost, heads × size (bars: ± one standard error; line: Pareto front)")
+    save(figure, path)
+
+
+def draw_warmup(table: list[dict], path: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
+    steps = [line["point"].warmup_steps for line in table]
+    gap = [line["gap"] for line in table]
+    axes[0].errorbar(steps, [e.mean for e in gap], [e.error for e in gap], color=COLORS["dsa"], marker="o")
+    axes[0].axhline(0, color=COLORS["dense"], linewidth=1)
+    axes[0].set_ylabel("answer loss minus dense (nats a token)")
+    mass = np.array([line["mass"] for line in table])
+    axes[1].errorbar(steps, mass[:, 0], mass[:, 1], color=COLORS["warmup"], marker="o")
+    axes[1].set_ylabel("mass@k after sparse training")
+    for axis in axes:
+        axis.set_xlabel("steps of dense warm-up")
+    figure.suptitle("What the warm-up is worth (bars: ± one standard error)")
+    save(figure, path)
+
+
+def stage_counts(logged: list[dict]) -> dict | None:
+    """How often stages ran and were reused in the experiments that still have DVC's log; None where none has."""
+    if not logged:
+        return None
+    ran = Counter(stage for row in logged for stage in row["ran"])
+    reused = sum(len(row["reused"]) for row in logged)
+    return {"experiments": len(logged), "ran": ran.total(), "reused": reused, "of": dict(ran.most_common())}
+
+
+def write_report(sweep: dict, folder: Path) -> None:
+    """sweep.md and sweep/*.png in a folder. What was not run is said, and left out."""
+    s = Sweep(sweep)
+    base = s.base
+    topk = s.table("topk", lambda p: (p.topk,), lambda p: base)
+    warmup = s.table("warmup", lambda p: (p.warmup_steps,), lambda p: base)
+    sizes = s.table(
+        "indexer",
+        lambda p: (p.topk, p.n_heads * p.head_dim, p.head_dim),
+        lambda p: replace(base, topk=p.topk),
+    )
+    indexer: dict[int, list[dict]] = {}
+    for line in sizes:
+        indexer.setdefault(line["point"].topk, []).append(line)
+    indexer = {k: table for k, table in indexer.items() if len(table) > 1}
+    for draw, table, name in (
+        (lambda t, path: draw_topk(t, base, path), topk, "topk"),
+        (draw_indexer, indexer, "indexer"),
+        (draw_warmup, warmup, "warmup"),
+    ):
+        if len(table) > (name != "indexer"):
+            draw(table, folder / f"sweep/{name}.png")
+    ran = [row for row in sweep["experiments"] if row["ran"] is not None]
+    context = {
+        "sweep": sweep,
+        "base": base,
+        "seeds": sorted({row["seed"] for row in sweep["experiments"]}),
+        "topk": topk if len(topk) > 1 else [],
+        "topk_verdicts": verdicts(topk, "gap"),
+        "indexer": indexer,
+        "indexer_verdicts": {k: verdicts(table, "change") for k, table in indexer.items()},
+        "fronts": {
+            k: {cost: [line["size"] for line in pareto(table, cost)] for cost in ("flops", "bytes")}
+            for k, table in indexer.items()
+        },
+        "warmup": warmup if len(warmup) > 1 else [],
+        "tolerance": TOLERANCE,
+        "missing": s.missing(),
+        "planned": len({point for group in plan(base).values() for point in group}),
+        "command": " ".join(base.command(sweep["profile"])),
+        "counts": stage_counts(ran),
+        "tokens": int(s.counts["tokens"].sum()),
+        "lookups": int(s.counts["lookups"].sum()),
+        "minutes": sum(row["seconds"].get(stage, 0) for row in ran for stage in row["ran"]) / 60,
+    }
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    text = environment.get_template("sweep.md.jinja").render(context)
+    (folder / "sweep.md").write_text(text, encoding="utf-8")

@@ -1,0 +1,257 @@
+"""The sweep's page from a few experiments whose means and errors are worked out by hand, and the commands it queues."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from transformers import TrainingArguments
+
+from benchmarks import sweep
+from benchmarks.sweep_report import Sweep, estimate, indexer_cost, pareto, verdicts, write_report
+from dsa import from_dense
+from dsa.data import Collator
+from dsa.training import DSATrainer, Rows, freeze
+from stages import compare, params, training
+from tests.conftest import ROOT
+
+BASE = sweep.Point(topk=256, n_heads=4, head_dim=64, warmup_steps=40, seed=0)
+
+
+def experiment(point, gap, share_gap=(0.0, 0.5), mass=0.9):
+    """gap: what the two rows of 10 and 30 answer tokens add up to."""
+    return {
+        "name": point.name("sweep"),
+        **point.__dict__,
+        "metrics": {"gap_beyond_k": 0.1, "share": 0.5, "mass": mass, "oracle_mass": 0.95},
+        "seconds": {"warmup": 60.0, "sparse": 80.0},
+        "ran": ["sparse", "compare"],
+        "reused": ["dense", "warmup", "filter"],
+        "rows": {"gap": list(gap), "share_gap": list(share_gap)},
+    }
+
+
+def made(*experiments):
+    return {
+        "profile": "sweep",
+        "base": BASE.__dict__,
+        "context": 2048,
+        "hidden_size": 192,
+        "training": {"steps": 24, "warmup_batch": 4, "batch": 4},
+        "device": "a machine",
+        "commit": "abc",
+        "rows": {"tokens": [10, 30], "lookups": [0, 2]},
+        "experiments": list(experiments),
+    }
+
+
+def test_mean_errors_and_interval_of_two_seeds_by_hand():
+    # Seeds: (1 + 3) / 40 = 0.1 and (3 + 5) / 40 = 0.2, so 0.15 and |0.2 - 0.1| / 2 = 0.05. Rows: the seeds' means are 2
+    # and 4, the residuals 2 - 1.5 = 0.5 and 4 - 4.5 = -0.5, so sqrt(2 / 1 * 0.5) / 40 = 0.025.
+    e = estimate(np.array([[1.0, 3.0], [3.0, 5.0]]), np.array([10.0, 30.0]))
+    assert (e.mean, e.error, e.row_error, e.seeds) == (
+        pytest.approx(0.15),
+        pytest.approx(0.05),
+        pytest.approx(0.025),
+        2,
+    )
+    half = ((12.706 * 0.05) ** 2 + (1.96 * 0.025) ** 2) ** 0.5
+    assert (e.low, e.high) == (pytest.approx(0.15 - half), pytest.approx(0.15 + half))
+
+
+def test_a_single_seed_has_the_error_of_the_rows():
+    e = estimate(np.array([[2.0, 4.0]]), np.array([10.0, 30.0]))
+    assert (e.mean, e.error, e.row_error) == (pytest.approx(0.15), pytest.approx(0.025), pytest.approx(0.025))
+    assert e.high == pytest.approx(0.15 + 1.96 * 0.025)
+
+
+def test_points_are_paired_by_seed_and_row():
+    """Seeds that differ by more than the points do not hide a difference that every seed and row has."""
+    small = replace(BASE, topk=32)
+    rows = []
+    for seed, level in ((0, 0.0), (1, 40.0), (2, -40.0)):
+        rows.append(experiment(replace(BASE, seed=seed), (level, -level / 2)))
+        rows.append(experiment(replace(small, seed=seed), (level + 1, -level / 2 + 3)))
+    s = Sweep(made(*rows, experiment(replace(small, seed=7), (1e3, 1e3))))  # a seed that the other point has not
+    change = s.paired("gap", small, BASE)
+    assert (change.mean, change.seeds) == (pytest.approx(0.1), 3)
+    assert change.low == pytest.approx(0.1) and change.high == pytest.approx(0.1)
+    alone = s.paired("gap", BASE)
+    assert alone.error == pytest.approx(0.5 / 3**0.5)  # gaps 0, 0.5 and -0.5
+    assert s.paired("gap", BASE, replace(BASE, topk=999)) is None
+    assert s.paired("share_gap", BASE).mean == pytest.approx(0.25)
+
+
+def test_verdicts_and_front():
+    def line(size, cost, mean, half):
+        values = estimate(np.array([[mean * 40]]), np.array([40.0]))
+        return {"size": size, "flops": cost, "gap": replace(values, low=mean - half, high=mean + half)}
+
+    table = [line("a", 1, 0.5, 0.1), line("b", 2, 0.02, 0.05), line("c", 2, 0.0, 0.001), line("d", 4, 0.004, 0.005)]
+    assert {k: [x["size"] for x in v] for k, v in verdicts([*table, {"gap": None}], "gap").items()} == {
+        "within": ["c", "d"],
+        "worse": ["a"],
+        "open": ["b"],
+    }
+    assert [x["size"] for x in pareto(table, "flops")] == ["a", "c"]
+
+
+def test_cost_of_the_indexer_by_hand():
+    # 4 heads of 64 on a hidden size of 192: projections 192 * (256 + 64 + 4), scores 256 * 2048; twice each.
+    assert indexer_cost(4, 64, 192, 2048) == {"bytes": 128, "flops": 2 * (62_208 + 524_288)}
+
+
+def test_the_page_has_the_numbers_and_says_what_is_missing(tmp_path):
+    rows = [experiment(replace(BASE, seed=s), (1.0 + 2 * s, 3.0 + 2 * s)) for s in (0, 1)]
+    rows += [experiment(replace(BASE, topk=32, seed=s), (4.0, 12.0), mass=0.7) for s in (0, 1)]
+    rows += [experiment(replace(BASE, n_heads=1, head_dim=16), (1.0, 3.0))]
+    write_report(made(*rows), tmp_path)
+    text = (tmp_path / "sweep.md").read_text()
+    assert "| 256 | 1/8 | +0.1500 ± 0.0500 |" in text
+    assert "| 32 | 1/64 | +0.4000 ± 0.0000 | [+0.4000, +0.4000]" in text
+    assert "not excluded: k = 32 (+0.4000 [+0.4000, +0.4000])." in text
+    assert "by the whole interval: none." in text
+    assert "1 × 16" in text and "Fewer than two lengths of warm-up were run" in text
+    assert "5 experiments of 51 planned" in text and "Missing: 46 planned points" in text
+    assert "10 stages ran and 15 were reused (runs: sparse 5, compare 5)" in text
+    assert {p.name for p in (tmp_path / "sweep").iterdir()} == {"topk.png", "indexer.png"}
+
+
+def test_a_page_without_experiments(tmp_path):
+    write_report(made(), tmp_path)
+    assert (tmp_path / "sweep.md").read_text().count("Fewer than two") == 3
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_the_file_holds_what_was_written(tmp_path):
+    content = made(experiment(BASE, (1.0, 3.0)), experiment(replace(BASE, topk=32), (1.0, 3.0)))
+    sweep.write(content, tmp_path / "sweep.json")
+    assert json.loads((tmp_path / "sweep.json").read_text()) == content
+    sweep.write(made(), tmp_path / "sweep.json")
+    assert json.loads((tmp_path / "sweep.json").read_text()) == made()
+
+
+def test_the_plan_covers_the_question_and_its_commands_set_existing_params(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    base = sweep.base_point("sweep")
+    plan = sweep.plan(base)
+    assert len({p.topk for p in plan["topk"]}) >= 6 and len({p.seed for p in plan["topk"]}) >= 3
+    assert len({(p.n_heads, p.head_dim) for p in plan["indexer"]}) >= 4
+    assert all(any(p.topk == base.topk == q.topk for p in group) for group in plan.values() for q in plan["warmup"])
+    files = {name: yaml.safe_load(Path(name).read_text()) for name in ("params.yaml", "profiles/sweep.yaml")}
+    for group in plan.values():
+        for point in group:
+            for setting in point.settings("sweep"):
+                key, value = setting.split("=")
+                file, _, key = key.rpartition(":")
+                content = files[file or "params.yaml"]
+                *path, last = key.split(".")
+                for part in path:
+                    content = content[part]
+                assert last in content, setting
+                content[last] = yaml.safe_load(value)
+            merged = params.merge(files["params.yaml"], files["profiles/sweep.yaml"], "profiles/sweep.yaml")
+            params.Params.model_validate(merged)
+    names = [p.name("sweep") for group in plan.values() for p in group]
+    assert len(set(names)) == len({p for group in plan.values() for p in group})
+
+
+def shown(name, point, **more):
+    scale = {"warmup": {"steps": point.warmup_steps}}
+    knobs = {"profile": "sweep", "seed": point.seed, "topk": point.topk}
+    knobs["indexer"] = {"n_heads": point.n_heads, "head_dim": point.head_dim}
+    metrics = {file: {"data": {"run": {"seconds": 1.5}}} for file in sweep.TIMED.values()}
+    metrics["reports/compare.json"] = {"data": {"gap": 0.1}}
+    parameters = {"params.yaml": {"data": knobs}, "profiles/sweep.yaml": {"data": scale}}
+    revision = {"rev": "abc", "error": None, "data": {"rev": "abc", "params": parameters, "metrics": metrics}}
+    return {"name": name, "revs": [revision | more.pop("revision", {})], "executor": None} | more
+
+
+def test_experiments_are_read_by_their_state_and_params(monkeypatch, tmp_path):
+    rows = {"tokens": [1], "lookups": [0], "gap": [0.1], "share_gap": [0.0]}
+    monkeypatch.setattr(sweep, "output_of", lambda command: json.dumps({"rows": rows}))
+    log = tmp_path / "log"
+    log.write_text(
+        "Stage 'pretrain' didn't change, skipping\nStage 'dense' is cached - skipping run, checking out outputs\n"
+        "Running stage 'sparse':\n> python\nRunning stage 'evaluate@dsa':\n"
+    )
+    name, executor = BASE.name("sweep"), {"state": "success", "local": {"log": str(log)}}
+    row = sweep.read_experiment(shown(name, BASE, executor=executor), "sweep")
+    assert (row["ran"], row["reused"], row["rows"]) == (["sparse", "evaluate@dsa"], ["dense"], rows)
+    assert row["seconds"]["sparse"] == 1.5 and row["topk"] == 256
+    assert sweep.read_experiment(shown(name, BASE), "sweep")["ran"] is None  # the log is gone
+    # A failed experiment shows the committed metrics of its parent: they are not its own.
+    assert sweep.read_experiment(shown(name, BASE, executor={"state": "failed"}), "sweep") is None
+    assert sweep.read_experiment(shown(name, BASE, revision={"error": {"msg": "no"}}), "sweep") is None
+    assert sweep.read_experiment(shown(name, BASE, executor={"state": "queued"}), "sweep") is None
+    assert sweep.read_experiment(shown("another", BASE), "sweep") is None
+    assert sweep.read_experiment(shown(name, BASE), "cpu") is None
+
+
+def test_other_held_out_rows_are_refused(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    rows = [{"rows": {"tokens": [n], "lookups": [0]}} for n in (1, 2)]
+    monkeypatch.setattr(sweep, "shown", lambda commit: rows)
+    monkeypatch.setattr(sweep, "read_experiment", lambda row, profile: row)
+    with pytest.raises(SystemExit, match="same held-out rows"):
+        sweep.collect("sweep")
+
+
+def test_compare_writes_the_gap_and_its_row_sums(monkeypatch, tmp_path):
+    for name in ("params.yaml", "dvc.yaml"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles/cpu.yaml").write_text((ROOT / "profiles/cpu.yaml").read_text())
+    content = yaml.safe_load((tmp_path / "params.yaml").read_text())
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(content | {"topk": 2}))
+    monkeypatch.chdir(tmp_path)
+    Path("data/evaluate").mkdir(parents=True)
+    Path("reports/evaluate").mkdir(parents=True)
+    common = {"lengths": [3, 2], "answers": [False, True, True, True, True], "lookup_row": [1]}
+    for arm, nll, share in (("dense", [1.0, 1.0, 1.0, 1.0, 1.0], [0.5]), ("dsa", [9.0, 1.1, 1.3, 1.0, 1.0], [0.25])):
+        np.savez(f"data/evaluate/{arm}.npz", **common, **{f"nll_{arm}": nll, f"share_{arm}": share})
+        selection = {"mass": [0.8, 1.0], "oracle_mass": [0.9, 1.0], "recall": [0.5, 0.6]}
+        numbers = {"arms": {arm: {"retrieval_tokens": share[0]}}, "selection": selection}
+        Path(f"reports/evaluate/{arm}.json").write_text(json.dumps(numbers))
+    compare.main()
+    written = json.loads(Path("reports/compare.json").read_text())
+    assert written["gap"] == pytest.approx(0.1) and written["gap_beyond_k"] == pytest.approx(0.3)  # position 3 of row 0
+    assert written["gap_se"] == pytest.approx((2 * (0.2**2 + 0.2**2)) ** 0.5 / 4, abs=1e-5)
+    assert written["share_gap"] == -0.25 and written["mass"] == pytest.approx(0.9)
+    assert written["rows"] == {"tokens": [2, 2], "gap": [0.4, 0], "lookups": [0, 1], "share_gap": [0, -0.25]}
+
+
+def test_a_warmup_of_no_steps_is_valid_and_no_other_stage_of_none():
+    content = yaml.safe_load((ROOT / "profiles/sweep.yaml").read_text())
+    assert params.WarmupTraining.model_validate(content["warmup"] | {"steps": 0}).steps == 0
+    for steps in (0, -1):
+        with pytest.raises(ValueError, match="steps"):
+            params.Training.model_validate(content["dense"] | {"steps": steps})
+
+
+def test_the_command_line_names_what_is_wrong():
+    command = [sys.executable, "-m", "benchmarks.sweep", "queue", "indxer"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and "indxer" in done.stderr
+
+
+def test_no_steps_of_training_change_nothing(dense_model, tmp_path):
+    model = from_dense(dense_model, topk=8, n_heads=2, head_dim=8, attention_mode="dense")
+    freeze(model, backbone=True, indexer=False)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    section = params.WarmupTraining(steps=0, batch_size=1, learning_rate=0.1)
+    options = TrainingArguments(**training.trainer_options(section, tmp_path / "scratch", seed=0))
+    row = {"input_ids": [5] * 9, "labels": [5] * 9}
+    trainer = DSATrainer(model, options, train_dataset=Rows([row]), data_collator=Collator(0))
+    result = training.run(trainer, tmp_path / "scratch", tokens_per_step=9.0)
+    assert result["tokens"] == result["tokens_per_second"] == 0 and result["trained_parameters"] > 0
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    curve = training.write_curve(trainer.state.log_history, tmp_path / "curve.csv", training.LOGGED)
+    assert training.first_and_last(curve) == {}
+    assert "kl" in pd.read_csv(tmp_path / "curve.csv")
