@@ -112,7 +112,8 @@ def decode_attention(
     out = torch.zeros_like(q)
     for b in range(B):
         at = indices[b, 0]
-        at = at[at >= 0].long()
+        if at.amin() < 0:
+            at = at[at >= 0]
         if len(at) == 0:
             continue
         k_sel, v_sel = k[b], v[b]

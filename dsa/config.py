@@ -50,6 +50,8 @@ class Qwen2DSAConfig(Qwen2Config):
             raise ValueError(f"selector: {self.selector!r} is not one of {SELECTORS}")
         if self.index_key_dtype not in (None, "int8"):
             raise ValueError(f"index_key_dtype: {self.index_key_dtype!r} is neither int8 nor None")
+        if self.index_key_dtype == "int8" and self.index_head_dim % 4:
+            raise ValueError(f"index_key_dtype: int8 needs a multiple of 4 as {self.index_head_dim=}")
         if self.index_topk < 1:
             raise ValueError(f"index_topk: {self.index_topk} is less than 1")
         if self.index_rope_dim % 2 or not 0 <= self.index_rope_dim <= self.index_head_dim:

@@ -26,8 +26,8 @@ def pack_int8(k: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_int8(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `pack_int8` made -> int8 [B, S, D], a view, and float32 scales [B, S, 1]."""
-    return k[..., :-SCALE_BYTES], k[..., -SCALE_BYTES:].contiguous().view(torch.float32)
+    """What `pack_int8` made -> int8 [B, S, D] and float32 scales [B, S, 1], both views: D is a multiple of 4."""
+    return k[..., :-SCALE_BYTES], k.view(torch.float32)[..., -1:]
 
 
 def index_scores(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -49,7 +49,7 @@ def index_scores(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> tor
     weights = weights.detach() * q_scale.squeeze(-1)
     if not _decoding(q):
         q, k = q.float(), k.float()  # where sums of a thousand products of int8 are exact too
-    return _scores(q, k, weights) * k_scale.transpose(1, 2)
+    return _scores(q, k, weights).mul_(k_scale.transpose(1, 2))
 
 
 def _decoding(q: torch.Tensor) -> bool:
@@ -67,19 +67,28 @@ def _scores(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> torch.Te
     scale = (D * H) ** -0.5  # the indexer's own sizes, not the attention's
     with torch.autocast(q.device.type, enabled=False):
         if _decoding(q) and not wanted:
-            rows = zip(q[:, 0], k, weights[:, 0].float() * scale, strict=True)
-            return torch.stack([_row_scores(*row) for row in rows])[:, None]
+            return _decoding_scores(q, k, weights.float() * scale)
         dots = (q.float().reshape(B, T * H, D) @ k.float().transpose(1, 2)).view(B * T, H, -1)
         scores = (weights.float() * scale).reshape(B * T, 1, H) @ dots.relu()  # (B*T, 1, S)
         return scores.view(B, T, -1)
 
 
-def _row_scores(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """q [H, D], k [S, D], weights [H] -> [S]: a CPU reads the keys once, and makes no float32 copy of all."""
-    if k.dtype == torch.int8:
-        return weights @ torch._int_mm(q, k.T).float().relu_()
-    q = q.float().T
-    return torch.cat([(tile.float() @ q).relu_() @ weights for tile in k.split(TILE)])
+def _decoding_scores(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """q [B, 1, H, D], k [B, S, D], weights [B, 1, H] -> [B, 1, S]. Reads the keys once; no float32 copy of all is made,
+    and as [S, D] @ [D, H], a row of the batch at a time, a CPU is several times as fast as in other orders."""
+    B, S = k.shape[:2]
+    scores = torch.empty(B, 1, S)
+    for b in range(B):
+        if k.dtype == torch.int8:
+            dots = torch._int_mm(q[b, 0], k[b].T).float()  # (H, S)
+            torch.mv(dots.relu_().T, weights[b, 0], out=scores[b, 0])
+            continue
+        queries = q[b, 0].float().T
+        for start in range(0, S, TILE):
+            tile = slice(start, start + TILE)
+            dots = k[b, tile].float() @ queries  # (TILE, H)
+            torch.mv(dots.relu_(), weights[b, 0], out=scores[b, 0, tile])
+    return scores
 
 
 def rotate(x: torch.Tensor, position_ids: torch.Tensor, dim: int, theta: float) -> torch.Tensor:
