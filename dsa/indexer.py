@@ -8,32 +8,87 @@ from transformers.models.qwen2.modeling_qwen2 import rotate_half
 from dsa import kernels
 from dsa.config import Qwen2DSAConfig
 
+TILE = 16384  # keys at a time in decoding on a CPU
+SCALE_BYTES = 4  # of an int8 key's float32 scale
+
+
+def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [..., D] -> int8 [..., D] and float32 scales [..., 1], the largest of a vector being 127 times its scale."""
+    x = x.detach().float()
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+    return (x / scale).round().to(torch.int8), scale
+
+
+def pack_int8(k: torch.Tensor) -> torch.Tensor:
+    """Index keys [B, S, D] -> int8 [B, S, D + 4]: each key and the bytes of its scale, one tensor for the cache."""
+    values, scale = quantize(k)
+    return torch.cat([values, scale.view(torch.int8)], dim=-1)
+
+
+def unpack_int8(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `pack_int8` made -> int8 [B, S, D] and float32 scales [B, S, 1], both views: D is a multiple of 4."""
+    return k[..., :-SCALE_BYTES], k.view(torch.float32)[..., -1:]
+
 
 def index_scores(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """I[t, s] = sum_h weights[t, h] * relu(q[t, h] . k[s]) * D^-0.5 * H^-0.5, in float32.
 
     Args:
         q: [B, T, H, D] index queries.
-        k: [B, S, D] index keys, one a token, shared by the heads.
+        k: [B, S, D] index keys, one a token, shared by the heads; or `pack_int8` of them. The queries are then rounded
+            to int8 too, each head by its own scale, and the products are exact, whatever the device and the shape.
         weights: [B, T, H].
 
     Returns:
-        float32 [B, T, S]. Differentiable. It holds [B, T, H, S]: call it with a slab of queries, not with all.
+        float32 [B, T, S]. Differentiable, but for int8 keys. It holds [B, T, H, S]: call it with a slab of queries, not
+        with all.
     """
+    if k.dtype != torch.int8:
+        return _scores(q, k, weights)
+    (q, q_scale), (k, k_scale) = quantize(q), unpack_int8(k)
+    weights = weights.detach() * q_scale.squeeze(-1)
+    if not _decoding(q):
+        q, k = q.float(), k.float()  # where sums of a thousand products of int8 are exact too
+    return _scores(q, k, weights).mul_(k_scale.transpose(1, 2))
+
+
+def _decoding(q: torch.Tensor) -> bool:
+    return q.shape[1] == 1 and q.device.type == "cpu"
+
+
+def _scores(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """`index_scores` of q and k of one type, float or, for decoding on a CPU, int8."""
     B, T, H, D = q.shape
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, weights))
-    if not wanted and kernels.chosen(q, 16, "index scores"):  # any head size: tiles are padded
+    if not wanted and q.dtype != torch.int8 and kernels.chosen(q, 16, "index scores"):  # any head size: padded tiles
         from dsa.kernels.indexer import index_scores_triton
 
         return index_scores_triton(q, k, weights)
     scale = (D * H) ** -0.5  # the indexer's own sizes, not the attention's
     with torch.autocast(q.device.type, enabled=False):
-        if T == 1:  # decoding: as [S, D] @ [D, H] a CPU reads the keys once, at twice the speed of the other order
-            dots = k.float() @ q[:, 0].float().transpose(1, 2)  # (B, S, H)
-            return (dots.relu() @ (weights[:, 0, :, None].float() * scale)).transpose(1, 2)
+        if _decoding(q) and not wanted:
+            return _decoding_scores(q, k, weights.float() * scale)
         dots = (q.float().reshape(B, T * H, D) @ k.float().transpose(1, 2)).view(B * T, H, -1)
         scores = (weights.float() * scale).reshape(B * T, 1, H) @ dots.relu_()  # (B*T, 1, S)
         return scores.view(B, T, -1)
+
+
+def _decoding_scores(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """q [B, 1, H, D], k [B, S, D], weights [B, 1, H] -> [B, 1, S]. Reads the keys once; no float32 copy of all is made,
+    and as [S, D] @ [D, H], a row of the batch at a time, a CPU is several times as fast as in other orders."""
+    B, S = k.shape[:2]
+    scores = torch.empty(B, 1, S)
+    for b in range(B):
+        if k.dtype == torch.int8:
+            dots = torch._int_mm(q[b, 0], k[b].T).float()  # (H, S)
+            torch.mv(dots.relu_().T, weights[b, 0], out=scores[b, 0])
+            continue
+        queries = q[b, 0].float().T
+        for start in range(0, S, TILE):
+            tile = slice(start, start + TILE)
+            dots = k[b, tile].float() @ queries  # (TILE, H)
+            torch.mv(dots.relu_(), weights[b, 0], out=scores[b, 0, tile])
+    return scores
 
 
 def rotate(x: torch.Tensor, position_ids: torch.Tensor, dim: int, theta: float) -> torch.Tensor:
@@ -59,6 +114,7 @@ class LightningIndexer(nn.Module):
 
     def __init__(self, config: Qwen2DSAConfig, layer_idx: int):
         super().__init__()
+        self.config = config
         self.layer_idx = layer_idx
         self.n_heads, self.head_dim = config.index_n_heads, config.index_head_dim
         self.rope_dim = config.index_rope_dim
@@ -79,12 +135,15 @@ class LightningIndexer(nn.Module):
             position_ids: [B or 1, T].
 
         Returns:
-            q [B, T, H, D], k [B, S, D], weights float32 [B, T, H].
+            q [B, T, H, D], k [B, S, D], weights float32 [B, T, H]. Where the config says int8 and this is no training,
+            k is int8 [B, S, D + 4], see `pack_int8`.
         """
         x = hidden_states.detach()
         B, T, _ = x.shape
         q = rotate(self.wq(x).view(B, T, self.n_heads, self.head_dim), position_ids, self.rope_dim, self.rope_theta)
         k = rotate(self.k_norm(self.wk(x)), position_ids, self.rope_dim, self.rope_theta)
+        if self.config.index_key_dtype == "int8" and not self.training:  # without a cache too: the same keys selected
+            k = pack_int8(k)
         if past_key_values is not None:
             k = past_key_values.update_indexer(k, self.layer_idx)
         with torch.autocast(x.device.type, enabled=False):  # few numbers that scale every score: full precision

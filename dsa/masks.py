@@ -59,6 +59,10 @@ class Visibility:
             keys = self.keys if self.explicit is not None else min(self.keys, self.offset + stop)
             yield Slab(start, stop, keys)
 
+    def sees_all(self, slab: Slab) -> bool:
+        """Whether the mask is known to be all True without being made: one query, as in decoding, and no padding."""
+        return slab.stop - slab.start == 1 and slab.keys <= self.offset + slab.stop and self.causal_only
+
     def mask(self, slab: Slab, device: torch.device) -> torch.Tensor:
         """[B or 1, queries, keys] bool, True where visible."""
         if self.explicit is not None:

@@ -52,6 +52,8 @@ class IndexerLoss:
     def observe(self, layer, index, q, k, visible, indices) -> None:
         if index is None:
             raise ValueError("the indexer loss needs an indexer: index_n_heads is 0, or the selector is a control")
+        if index[1].dtype == torch.int8:
+            raise ValueError("the indexer loss needs index keys that are not rounded: index_key_dtype is int8")
         self.kl.append(indexer_kl(*index, q, k, layer.scaling, visible, indices))
 
 
@@ -109,12 +111,15 @@ class Qwen2DSAAttention(Qwen2Attention):
             return latest_keys(positions, topk, k.shape[2], sinks).expand(B, -1, -1)
         chosen = []
         for slab in visible.slabs(B, max(Hq, self.config.index_n_heads)):
-            mask = visible.mask(slab, q.device)
-            if selector == "indexer":
+            mask = None if visible.sees_all(slab) else visible.mask(slab, q.device)
+            if slab.keys <= topk:  # nothing to rank
+                scores = torch.zeros((), device=q.device).expand(B, slab.stop - slab.start, slab.keys)
+            elif selector == "indexer":
                 index_q, index_k, weights = index
                 scores = index_scores(index_q[:, slab.queries], index_k[:, : slab.keys], weights[:, slab.queries])
             elif selector == "oracle":
-                scores = attention_target(q[:, :, slab.queries], k[:, :, : slab.keys], mask, self.scaling)
+                seen = visible.mask(slab, q.device)
+                scores = attention_target(q[:, :, slab.queries], k[:, :, : slab.keys], seen, self.scaling)
             else:
                 positions = torch.arange(slab.start, slab.stop, device=q.device) + visible.offset
                 scores = control_scores(selector, positions, slab.keys, sinks, self.layer_idx).expand(B, -1, -1)

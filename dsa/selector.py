@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 LOWEST = torch.iinfo(torch.int64).min
+STRIDE = 64  # one score in so many is looked at to guess the k-th largest
 
 
 def select_topk(scores: torch.Tensor, topk: int, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -31,6 +32,11 @@ def select_topk(scores: torch.Tensor, topk: int, mask: torch.Tensor | None = Non
         chosen = chosen.expand(scores.shape)
     else:
         scores = scores.detach().float()
+        if scores.shape[1] == 1 and scores.device.type == "cpu":
+            masked = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+            rows = [_row_topk(row, k) for row in masked[:, 0]]
+            if all(row is not None for row in rows):
+                return torch.stack(rows)[:, None].int()
         if mask is None:
             mask = scores.new_ones((), dtype=torch.bool)
         masked = scores.masked_fill(~mask, -torch.inf)
@@ -43,6 +49,35 @@ def select_topk(scores: torch.Tensor, topk: int, mask: torch.Tensor | None = Non
             chosen[ambiguous] = _rank_topk(scores[ambiguous], k, rows)
     chosen = ascending(chosen.int())
     return chosen.masked_fill(chosen == keys, -1)
+
+
+def _row_topk(scores: torch.Tensor, k: int) -> torch.Tensor | None:
+    """`select_topk` of one row, [S] -> int64 [k], for decoding on a CPU; None where fewer than k scores exceed -inf.
+
+    The m-th largest of a sample bounds the k-th largest score from below, but for bad luck; the keys above it are few,
+    in order, and hold all that tie with the k-th. With bad luck they are fewer than k, and all keys are ranked.
+    """
+    expected = k / STRIDE  # of the k best, in the sample
+    m = int(expected + 4 * expected**0.5) + 1
+    candidates = None
+    if 2 * m * STRIDE <= len(scores):
+        bound = scores[::STRIDE].topk(m, sorted=False).values.amin()
+        candidates = (scores >= bound).nonzero().squeeze(-1)
+        if len(candidates) < k:
+            candidates = None
+        else:
+            scores = scores[candidates]
+    least = scores.topk(k, sorted=False).values.amin()
+    if not least > -torch.inf:  # or NaN, which torch.topk ranks above everything
+        return None
+    chosen = (scores >= least).nonzero().squeeze(-1)
+    surplus = len(chosen) - k
+    if surplus:  # of the keys that tie with the last, those with the highest index go
+        tied = (scores[chosen] == least).nonzero().squeeze(-1)
+        kept = torch.ones_like(chosen, dtype=torch.bool)
+        kept[tied[-surplus:]] = False
+        chosen = chosen[kept]
+    return chosen if candidates is None else candidates[chosen]
 
 
 def ascending(indices: torch.Tensor) -> torch.Tensor:

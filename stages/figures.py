@@ -219,8 +219,9 @@ def heatmap(wanted: np.ndarray, offered: np.ndarray, layer: int, path: Path) -> 
 
 
 def cost_by_position(cost: dict, topk: int, path: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
-    for axis, kind in zip(axes, ("decode", "prefill"), strict=True):
+    titles = {"decode": "decode", "decode_bf16": "decode, bfloat16", "prefill": "prefill, a block of queries"}
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4))
+    for axis, (kind, title) in zip(axes, titles.items(), strict=True):
         table = pd.DataFrame(cost[kind])
         axis.plot(
             table["position"], table["dense"], color=COLORS["dense"], marker="o", label="dense, the faster of two"
@@ -230,6 +231,14 @@ def cost_by_position(cost: dict, topk: int, path: Path) -> None:
                 axis.plot(
                     table["position"], table[f"dsa_{k}"], style, color=COLORS["dsa"], marker="o", label=f"DSA, k = {k}"
                 )
+        if f"dsa_int8_{topk}" in table:
+            axis.plot(
+                table["position"],
+                table[f"dsa_int8_{topk}"],
+                color=COLORS["oracle"],
+                marker="o",
+                label=f"DSA, k = {topk}, int8 index keys",
+            )
         if f"indexer_{topk}" in table:
             axis.plot(
                 table["position"],
@@ -242,7 +251,7 @@ def cost_by_position(cost: dict, topk: int, path: Path) -> None:
         axis.set_yscale("log")
         axis.set_xlabel("position (tokens)")
         axis.set_ylabel("ms per token and layer")
-        axis.set_title("decode" if kind == "decode" else "prefill, a block of queries")
+        axis.set_title(title)
         axis.legend()
     save(figure, path)
 

@@ -87,3 +87,17 @@ def test_the_cache_holds_index_keys(dense_model, ids):
     cache = DynamicCache(config=model.config)
     model(ids, past_key_values=cache)
     assert [tuple(layer.indexer_keys.shape) for layer in cache.layers] == [(2, 40, 8)] * 3
+
+
+def test_int8_index_keys_are_a_byte_a_number_and_a_scale(dense_model, ids):
+    model = from_dense(dense_model, topk=6, n_heads=4, head_dim=8, index_key_dtype="int8")
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache)
+    keys = [layer.indexer_keys for layer in cache.layers]
+    assert [(tuple(k.shape), k.dtype) for k in keys] == [((2, 40, 8 + 4), torch.int8)] * 3
+    mask = torch.ones_like(ids)  # no padding: rounded keys do depend on where positions begin
+    got = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, eos_token_id=-1)
+    assert torch.equal(got, uncached(model, ids, mask, NEW))
+    with pytest.raises(ValueError, match="index_key_dtype"):  # the loss is of the true keys
+        model(ids, output_indexer_kl=True)
+    assert model.train()(ids, output_indexer_kl=True).indexer_kl.isfinite().all()

@@ -3,7 +3,8 @@ import torch
 from transformers.models.deepseek_v32.configuration_deepseek_v32 import DeepseekV32Config
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Indexer
 
-from dsa import LightningIndexer, Qwen2DSAConfig, index_scores, select_topk
+from dsa import LightningIndexer, Qwen2DSAConfig, index_scores, indexer, select_topk
+from dsa.indexer import pack_int8
 from tests.conftest import error_ratio
 
 
@@ -25,6 +26,44 @@ def test_scores_of_low_precision_inputs_are_float32():
         got = index_scores(q, k, w)
     assert got.dtype == torch.float32
     assert torch.equal(got, index_scores(q.float(), k.float(), w))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("B,S,H,D", [(1, 1, 1, 4), (2, 37, 4, 16), (3, 50, 2, 6)])
+def test_decoding_scores_equal_those_of_the_same_query_among_others(B, S, H, D, dtype, monkeypatch):
+    monkeypatch.setattr(indexer, "TILE", 16)  # borders inside the keys
+    q, w = torch.randn(B, 3, H, D).to(dtype), torch.randn(B, 3, H)
+    k = torch.full((B, S + 9, D), torch.nan, dtype=dtype)[:, :S]  # as a cache with room to spare hands it out
+    k.copy_(torch.randn(B, S, D))
+    expected = index_scores(q, k, w)
+    for t in range(3):
+        got = index_scores(q[:, t : t + 1], k, w[:, t : t + 1])
+        assert got.dtype == torch.float32 and got.shape == (B, 1, S)
+        assert error_ratio(got, expected[:, t : t + 1]) < 1e-6
+
+
+@pytest.mark.parametrize("B,T,S,H,D", [(1, 1, 1, 1, 4), (2, 1, 37, 4, 16), (2, 5, 9, 4, 64)])
+def test_int8_scores_are_the_scores_of_the_rounded_numbers(B, T, S, H, D):
+    q, k, w = torch.randn(B, T, H, D), torch.randn(B, S, D), torch.randn(B, T, H)
+    k[:, 0] = 0  # a key without any scale
+
+    def rounded(x):
+        step = x.abs().amax(-1, keepdim=True) / 127
+        return (x / step.clamp(min=1e-30)).round() * step
+
+    packed = torch.zeros(B, S + 5, D + 4, dtype=torch.int8)[:, :S].copy_(pack_int8(k))
+    got = index_scores(q, packed, w)
+    assert got.dtype == torch.float32 and not got[..., 0].any()
+    assert error_ratio(got, index_scores(rounded(q), rounded(k), w)) < 1e-6
+    assert S == 1 or error_ratio(got, index_scores(q, k, w)) < 0.02
+
+
+def test_int8_products_are_exact_in_decoding_and_in_prefill():
+    """With one head nothing is left to round but two scales: the same bits, so the same keys."""
+    q, k, w = torch.randn(1, 40, 1, 64), pack_int8(torch.randn(1, 500, 64)), torch.rand(1, 40, 1)
+    whole = index_scores(q, k, w)
+    steps = [index_scores(q[:, t : t + 1], k, w[:, t : t + 1]) for t in range(40)]
+    assert torch.equal(whole, torch.cat(steps, 1))
 
 
 def both_indexers(hidden=32, heads=4, dim=16, rope=8, topk=5):
@@ -110,6 +149,8 @@ def test_input_is_detached():
         {"index_rope_dim": 32},
         {"attention_mode": "spars"},
         {"selector": "best"},
+        {"index_key_dtype": "int4"},
+        {"index_key_dtype": "int8", "index_head_dim": 6, "index_rope_dim": 2},
         {"index_n_heads": 0},
         {"use_sliding_window": True},
     ],

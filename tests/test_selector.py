@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dsa import select_topk
-from dsa.selector import control_scores, latest_keys
+from dsa.selector import STRIDE, control_scores, latest_keys
 
 
 def naive(scores, topk, mask):
@@ -79,6 +79,42 @@ def test_nan_counts_as_minus_infinity():
     scores = torch.tensor([[[torch.nan, 1.0, 2.0, 0.0]]])
     assert select_topk(scores, 2).tolist() == [[[1, 2]]]
     assert select_topk(scores, 3).tolist() == [[[1, 2, 3]]]
+
+
+def decoding_scores(kind, keys, g):
+    scores = torch.randn(2, 1, keys, generator=g)
+    if kind == "ties":
+        scores = (scores * 3).round() / 3
+    if kind == "plateau":
+        scores = scores.relu() * torch.where(torch.rand(scores.shape, generator=g) < 0.5, -1.0, 1.0)
+    if kind == "unlucky":  # all that is large lies where the sample looks, so its guess is too high
+        scores[..., ::STRIDE] += 10
+    if kind == "hidden":  # and nowhere there: too low
+        scores[..., ::STRIDE] -= 10
+    if kind == "few":
+        scores[..., 5:] = -torch.inf
+    if kind == "nan":
+        scores[torch.rand(scores.shape, generator=g) < 0.3] = torch.nan
+    if kind == "infinite":
+        scores[torch.rand(scores.shape, generator=g) < 0.3] = -torch.inf
+        scores[torch.rand(scores.shape, generator=g) < 0.1] = torch.inf
+    return scores
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("keys,topk", [(4099, 7), (4099, 150), (4099, 4098), (20_000, 300), (130, 60)])
+@pytest.mark.parametrize("kind", ["normal", "ties", "plateau", "unlucky", "hidden", "few", "nan", "infinite"])
+def test_decoding_over_many_keys_equals_a_stable_sort(kind, keys, topk, masked):
+    g = torch.Generator().manual_seed(keys + topk)
+    scores = decoding_scores(kind, keys, g)
+    mask = torch.rand(2, 1, keys, generator=g) < 0.8 if masked else torch.ones(2, 1, keys, dtype=torch.bool)
+    got = select_topk(scores, topk, mask if masked else None)
+    for b in range(2):
+        allowed = mask[b, 0].nonzero().squeeze(1)
+        order = scores[b, 0, allowed].nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        best = allowed[order.sort(descending=True, stable=True).indices[:topk]].sort().values
+        assert got[b, 0, : len(best)].tolist() == best.tolist()
+        assert (got[b, 0, len(best) :] == -1).all()
 
 
 @pytest.mark.parametrize("topk", [0, -1])
