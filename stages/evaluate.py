@@ -76,7 +76,17 @@ def summarize(tokenizer, rows: list[dict], texts: list[dict], predictions: list[
                 right = correct(prediction, ids, span)
                 share = right.float().mean().item()
                 right = bool(right.all())
-                lookups.append({"row": number, "kind": kind, "distance": distance, "right": right, "tokens": share})
+                length = span[1] - span[0]
+                lookups.append(
+                    {
+                        "row": number,
+                        "kind": kind,
+                        "distance": distance,
+                        "length": length,
+                        "right": right,
+                        "tokens": share,
+                    }
+                )
     return {
         "loss": round(nll[answers].mean().item(), 5),
         "loss_all_tokens": round(nll.mean().item(), 5),
@@ -85,6 +95,7 @@ def summarize(tokenizer, rows: list[dict], texts: list[dict], predictions: list[
         "rows": len(rows),
         "lookups": len(lookups),
         "retrieval": round(sum(x["right"] for x in lookups) / max(1, len(lookups)), 5),
+        "lookup_tokens": round(sum(x["length"] for x in lookups) / max(1, len(lookups)), 2),  # of an answer
         "retrieval_tokens": round(sum(x["tokens"] for x in lookups) / max(1, len(lookups)), 5),
     }, lookups
 
