@@ -3,19 +3,25 @@
 `download` stops fetching by a scan and `filter` and `pairs` select by the same one, so the slice that was fetched is
 certainly enough. Tokens are counted as training sees them, on the whole rendered conversation. Most rows of an
 instruction data set are short, and a byte-level tokenizer never makes more tokens than there are bytes: rows with too
-few bytes are not tokenised at all, the others in batches on all cores.
+few bytes are not tokenised at all, the others word by word (`dsa.counting`), in batches on all cores.
 """
 
 import json
+import os
+import signal
 import unicodedata
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 
+from dsa.counting import TokenCounter
 from dsa.data import IGNORE, BadRow, encode, messages_of, pair_of, render
 
-BATCH = 1024  # rows a tokenizer call
+BATCH = 256  # rows, read by one process at a time
+ALONE = 4096  # rows that are read before other processes are worth their start
+PROCESSES = 8  # at most: they read ahead of what is wanted
 BIN = 256  # tokens, of the length histogram
 
 
@@ -88,38 +94,56 @@ class Scan:
 
     def __init__(self, tokenizer, max_length: int, max_bad_rows: int):
         self.tokenizer, self.max_length, self.max_bad_rows = tokenizer, max_length, max_bad_rows
+        self.count = TokenCounter(tokenizer)
         self.tally = Tally()
 
     def __call__(self, lines: Iterable[bytes]) -> Iterator[Kept]:
-        numbered = enumerate(lines)
-        while batch := list(islice(numbered, BATCH)):
-            prepared = []
-            for number, line in batch:
-                try:
-                    prepared.append((number, self.prepare(parse(line))))
-                except (BadRow, LeftOut) as reason:
-                    prepared.append((number, reason))
-            texts = [text for _, item in prepared if isinstance(item, tuple) for text in item[1]]
-            counts = iter(self.count(texts))
-            for number, item in prepared:
-                self.tally.scanned += 1
-                try:
-                    if isinstance(item, Exception):
-                        raise item
-                    row, rendered = item
-                    tokens = max((next(counts) for _ in rendered), default=0)
-                    if rendered:
-                        self.tally.tokenised += 1
-                        self.tally.lengths[tokens // BIN * BIN] += 1
-                    kept = self.judge(row, tokens)
-                except LeftOut as reason:
-                    self.tally.left_out[str(reason)] += 1
-                except BadRow as reason:
-                    self.tally.bad.setdefault(str(reason), []).append(number)
-                    self.check_bad_rows()
-                else:
-                    self.tally.kept += 1
-                    yield Kept(number, kept, tokens)
+        for number, (tokens, outcome) in enumerate(self.outcomes(lines)):
+            self.tally.scanned += 1
+            if tokens is not None:
+                self.tally.tokenised += 1
+                self.tally.lengths[tokens // BIN * BIN] += 1
+            if isinstance(outcome, LeftOut):
+                self.tally.left_out[str(outcome)] += 1
+            elif isinstance(outcome, BadRow):
+                self.tally.bad.setdefault(str(outcome), []).append(number)
+                self.check_bad_rows()
+            else:
+                self.tally.kept += 1
+                yield Kept(number, outcome, tokens or 0)
+
+    def outcomes(self, lines: Iterable[bytes]) -> Iterator[tuple[int | None, dict | BadRow | LeftOut]]:
+        """What `read` says of each line, in their order: the first ones at once, the others on all cores."""
+        lines = iter(lines)
+        yield from map(self.read, islice(lines, ALONE))
+        processes = min(cores(), PROCESSES)
+        batches = iter(lambda: list(islice(lines, BATCH)), [])
+        first = next(batches, [])
+        if processes == 1 or len(first) < BATCH:
+            yield from map(self.read, chain(first, lines))
+            return
+        pool = ProcessPoolExecutor(processes, initializer=start_process, initargs=(self,))
+        try:
+            ahead = deque()
+            for batch in chain([first], batches):
+                ahead.append(pool.submit(read_batch, batch))
+                if len(ahead) == 2 * processes:
+                    yield from ahead.popleft().result()
+            for future in ahead:
+                yield from future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def read(self, line: bytes) -> tuple[int | None, dict | BadRow | LeftOut]:
+        """A line's tokens, None where they were not counted, and its row or why it is not kept."""
+        tokens = None
+        try:
+            row, texts = self.prepare(parse(line))
+            if texts:
+                tokens = max(map(self.count, texts))
+            return tokens, self.judge(row, tokens or 0)
+        except (BadRow, LeftOut) as reason:
+            return tokens, reason
 
     def prepare(self, row: dict) -> tuple[dict, list[str]]:
         """A row and the texts whose tokens are to be counted, none where that is not needed. Raises BadRow, LeftOut."""
@@ -128,13 +152,6 @@ class Scan:
     def judge(self, row: dict, tokens: int) -> dict:
         """What is kept of a row whose longest text has so many tokens. Raises BadRow, LeftOut."""
         raise NotImplementedError
-
-    def count(self, texts: list[str]) -> list[int]:
-        """Tokens of each text, as many as `dsa.data.encode` makes of it."""
-        if not texts:
-            return []
-        backend = self.tokenizer.backend_tokenizer
-        return [len(encoding) for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def check_bad_rows(self) -> None:
         if self.tally.bad_rows > self.max_bad_rows:
@@ -146,41 +163,78 @@ class Scan:
             )
 
 
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def start_process(scan: Scan) -> None:
+    global process_scan
+    process_scan = scan
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pass
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a process
+
+
+def read_batch(lines: list[bytes]) -> list[tuple[int | None, dict | BadRow | LeftOut]]:
+    return list(map(process_scan.read, lines))
+
+
 class LongRows(Scan):
     """Rows in deepctrl-sft-data's schema with more than `min_tokens` tokens and an answer within `max_length`."""
 
     def __init__(self, tokenizer, max_length: int, max_bad_rows: int, min_tokens: int):
         super().__init__(tokenizer, max_length, max_bad_rows)
         self.min_tokens = min_tokens
-        self.frames: dict[int, int] = {}  # bytes that the chat template adds, by number of messages
+        self.frames: dict[int, list[str] | None] = {}  # by number of messages
 
     def prepare(self, row: dict) -> tuple[dict, list[str]]:
         messages = messages_of(row)
-        if not self.may_be_long(messages):
+        contents = [message["content"] for message in messages]
+        frame = self.frame(messages)
+        if frame is None:
+            return row, [self.tokenizer.apply_chat_template(messages, tokenize=False)]
+        if not self.may_be_long(frame, contents):
             return row, []
-        return row, [self.tokenizer.apply_chat_template(messages, tokenize=False)]
+        return row, ["".join(chain.from_iterable(zip(frame, [*contents, ""], strict=True)))]
 
     def judge(self, row: dict, tokens: int) -> dict:
         if tokens <= self.min_tokens:
             raise LeftOut(f"not over {self.min_tokens} tokens")
-        if tokens > self.max_length:  # training cuts on the right: is there an answer in what is left?
-            (example,) = encode(self.tokenizer, [render(self.tokenizer, messages_of(row))], self.max_length)
-            if all(label == IGNORE for label in example["labels"]):
-                raise LeftOut(f"no answer within {self.max_length} tokens")
+        if tokens > self.max_length and not self.has_answer(messages_of(row)):
+            raise LeftOut(f"no answer within {self.max_length} tokens")
         return row
 
-    def may_be_long(self, messages: list[dict]) -> bool:
+    def frame(self, messages: list[dict]) -> list[str] | None:
+        """What the chat template writes before, between and after the contents: it is slow, and this does not change.
+
+        None where it does not copy a content as it is but trims it, or drops what was thought.
+        """
+        if len(messages) not in self.frames:
+            probes = [f" \n<think>\n{i}\n</think>\n " for i in range(len(messages))]
+            marked = [message | {"content": probe} for message, probe in zip(messages, probes, strict=True)]
+            rest, frame = self.tokenizer.apply_chat_template(marked, tokenize=False), []
+            for probe in probes:
+                before, found, rest = rest.partition(probe)
+                frame = [*frame, before] if found and frame is not None else None
+            self.frames[len(messages)] = frame and [*frame, rest]
+        return self.frames[len(messages)]
+
+    def may_be_long(self, frame: list[str], contents: list[str]) -> bool:
         """False where the row has certainly no more than `min_tokens` tokens."""
-        count, contents = len(messages), [m["content"] for m in messages]
-        if count not in self.frames:
-            empty = [message | {"content": ""} for message in messages]
-            self.frames[count] = len(self.tokenizer.apply_chat_template(empty, tokenize=False).encode())
-        room = self.min_tokens - self.frames[count]
+        room = self.min_tokens - sum(len(text.encode()) for text in frame)
         if 4 * sum(map(len, contents)) <= room:  # a character has at most four bytes: no need to encode
             return False
         if not all(unicodedata.is_normalized("NFC", text) for text in contents):
             return True  # the tokenizer composes characters first, which can lengthen a text: no bound
         return sum(len(text.encode()) for text in contents) > room
+
+    def has_answer(self, messages: list[dict]) -> bool:
+        """Whether training, which cuts on the right, is left with a token of an answer."""
+        if self.count.fast and messages[1]["content"][0].strip():
+            head = self.tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+            if head.endswith("\n"):  # no token has the end of this line and the answer's first character
+                return self.count(head) < self.max_length
+        (example,) = encode(self.tokenizer, [render(self.tokenizer, messages)], self.max_length)
+        return any(label != IGNORE for label in example["labels"])
 
 
 class Pairs(Scan):

@@ -1,11 +1,13 @@
 """Which rows are kept, which are left out and why, and that the pass stops."""
 
 import json
+import multiprocessing
 from itertools import islice
 
 import pytest
 from transformers import AutoTokenizer
 
+from dsa import scan as scan_module
 from dsa.data import BadRow, encode, messages_of, pair_of, render
 from dsa.scan import LongRows, Pairs, TooManyBadRows, parse
 from tests.conftest import ROOT, SHARED
@@ -62,6 +64,32 @@ def test_the_same_rows_as_the_plain_loop(tokenizer):
         assert scan.tally.scanned == len(raw) and scan.tally.tokenised < len(raw)
 
 
+@pytest.fixture
+def processes(monkeypatch):
+    """Two of them from the first row on."""
+    monkeypatch.setattr(scan_module, "ALONE", 0)
+    monkeypatch.setattr(scan_module, "BATCH", 16)
+    monkeypatch.setattr(scan_module, "cores", lambda: 2)
+
+
+def test_exactly_on_the_threshold(tokenizer):
+    """With and without what could make the count of a part wrong: each length once, the first kept one is 101 long."""
+    for more in ("", " e\u0301", " 👩\u200d👧", " 好的，好的。", " <|im_end|>\n", "\n\n \n", " \u0958", "   "):
+        raw = lines([row(n, output="a " * n + more) for n in range(1, 130)])
+        kept = [(r.number, r.tokens) for r in LongRows(tokenizer, 10_000, 0, 100)(raw)]
+        assert kept == plain_loop(tokenizer, raw, 100) and kept[0][1] in (101, 102)
+
+
+@pytest.mark.parametrize("change", [" | trim", ".split('</think>')[-1]"])
+def test_a_template_that_does_not_copy_its_contents(tokenizer, change):
+    """Then neither the frame nor the bound by bytes holds."""
+    other = AutoTokenizer.from_pretrained(ROOT / "data/base")
+    other.chat_template = tokenizer.chat_template.replace("m['content']", "m['content']" + change)
+    raw = lines([row(n, input=" \n" * n + "<think> so </think>" + " \n" * n) for n in range(1, 90)])
+    kept = [(r.number, r.tokens) for r in LongRows(other, 10_000, 0, 100)(raw)]
+    assert kept and kept == plain_loop(other, raw, 100) != plain_loop(tokenizer, raw, 100)
+
+
 @needs_shared
 @pytest.mark.parametrize("name", LONG)
 def test_counts_on_real_rows(name):
@@ -70,8 +98,41 @@ def test_counts_on_real_rows(name):
     scan = LongRows(tokenizer, 4096, 0, 1024)
     kept = list(scan(raw))
     assert (scan.tally.scanned, len(kept) + scan.tally.left_out["no answer within 4096 tokens"]) == LONG[name]
-    if name == "sharegpt_zh_100":  # the smallest one, by the slow way too
-        assert [(r.number, r.tokens) for r in kept] == plain_loop(tokenizer, raw, 1024)
+    assert [(r.number, r.tokens) for r in kept] == plain_loop(tokenizer, raw, 1024)
+
+
+@needs_shared
+def test_several_processes_find_the_same(processes):
+    tokenizer = AutoTokenizer.from_pretrained(QWEN)
+    raw = [line for name in LONG for line in (SHARED / f"data/sft/{name}.jsonl").read_bytes().splitlines()]
+    raw[7] = b"{"
+    scans = LongRows(tokenizer, 2048, 1, 1024), LongRows(tokenizer, 2048, 1, 1024)
+    together = list(scans[0](raw))
+    alone = [scans[1].read(line) for line in raw]
+    assert [(r.number, r.row, r.tokens) for r in together] == [
+        (number, outcome, tokens) for number, (tokens, outcome) in enumerate(alone) if isinstance(outcome, dict)
+    ]
+    assert scans[0].tally.scanned == len(raw) and scans[0].tally.bad == {"malformed JSON": [7]}
+    assert not scans[0].count.pieces, "this process has counted itself"
+
+
+def test_several_processes_stop_with_the_pass(tokenizer, processes):
+    """At the last wanted row, at too many bad rows, at an error; and no process is left."""
+    read = []
+
+    def source(bad=None):
+        for number in range(100_000):
+            read.append(number)
+            yield b"{" if bad and number >= bad else lines([row(400 if number % 3 == 0 else 5)])[0]
+
+    scan = LongRows(tokenizer, 10_000, 0, 100)
+    assert [r.number for r in islice(scan(source()), 4)] == [0, 3, 6, 9]
+    assert scan.tally.scanned == 10 and scan.tally.kept == 4 and len(read) <= 4 * scan_module.BATCH
+    with pytest.raises(TooManyBadRows, match=r"3 of the first 43 rows .* row 40"):
+        list(LongRows(tokenizer, 10_000, 2, 100)(source(40)))
+    with pytest.raises(TypeError):
+        list(LongRows(tokenizer, 10_000, 0, None)(source()))
+    assert not multiprocessing.active_children()
 
 
 def test_the_pass_stops_at_the_last_wanted_row(tokenizer):
@@ -130,6 +191,18 @@ def test_truncation_leaves_no_row_without_an_answer(tokenizer):
     (example,) = encode(tokenizer, [render(tokenizer, messages_of(kept[0].row))], 128)
     assert any(label != -100 for label in example["labels"])
     assert "near" in tokenizer.decode(example["input_ids"])  # the prompt is whole
+
+
+def test_whether_an_answer_is_left_as_the_labels_say(tokenizer):
+    """At every length of the cut, and where the answer's first characters are in the prompt's last token."""
+    for answer in ("word", "\n\nword", " word", "\u0301", "<|im_end|>", "好"):
+        for history in ([], [["a b", "c"]]):
+            messages = messages_of(row(1, instruction="one two", output=answer, history=history))
+            (example,) = encode(tokenizer, [render(tokenizer, messages)])
+            first = next(i for i, label in enumerate(example["labels"]) if label != -100)
+            for cut in range(first - 3, first + 4):
+                scan = LongRows(tokenizer, cut, 0, 0)
+                assert scan.has_answer(messages) == (cut > first)
 
 
 def published(prompt="p", chosen="good", rejected="bad", **more):
