@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from benchmarks.failures_report import write_report
 from benchmarks.probes import MissedKeys, QueryStatistics, losses
 from benchmarks.sweep_report import NORMAL, STUDENT
 from dsa import Qwen2DSAForCausalLM
@@ -127,9 +128,8 @@ def by_layer(model: Qwen2DSAForCausalLM, rows: list[dict], stored: np.ndarray) -
 
     def mean(name: str, i: int) -> np.ndarray:
         """Of a layer, over the queries beyond k of each row, then over the rows."""
-        return np.mean(
-            [each.layers[i][name][..., b].mean(-1) for each, b in zip(statistics, beyond, strict=True)], axis=0
-        )
+        of_rows = [each.layers[i][name][..., b].mean(-1) for each, b in zip(statistics, beyond, strict=True)]
+        return np.mean(of_rows, axis=0)
 
     missed = np.concatenate([each.missed()[:-1] for each in statistics])
     tokens = which & np.concatenate([b[:-1] for b in beyond])
@@ -202,55 +202,52 @@ def gap_by_part(predictions: Predictions, gaps: np.ndarray, lookup: np.ndarray, 
 
 
 def worst_rows(model, tokenizer, predictions: Predictions, rows: list[dict], texts: list[dict]) -> dict:
-    """The rows where DSA loses most to dense attention, a token, and in each the tokens where it does."""
+    """Each row's gap, and more of the rows where DSA loses most to dense attention, a token."""
     gaps = (predictions.nll("dsa") - predictions.nll("dense")).astype(np.float64)
     counts = np.bincount(predictions.rows, predictions.answers, minlength=len(rows)).astype(int)
     sums = np.bincount(predictions.rows, gaps * predictions.answers, minlength=len(rows))
     means = np.divide(sums, counts, out=np.full(len(rows), -np.inf), where=counts > 0)
-    starts = np.concatenate([[0], np.cumsum(predictions.arrays["lengths"])])
-    topk = model.config.index_topk
     shown = []
     for number in np.argsort(-means, kind="stable")[: min(ROWS, (counts > 0).sum())].tolist():
-        here = slice(starts[number], starts[number + 1])
-        order = np.argsort(-np.where(predictions.answers[here], gaps[here], -np.inf), kind="stable")
-        positions = (order[: min(TOKENS, counts[number])] + 1).tolist()
-        ids = rows[number]["input_ids"]
-        observer, queries = MissedKeys([p - 1 for p in positions], topk, KEYS), QueryStatistics(topk, sinks=0)
-        for each in (observer, queries):
-            observe_dense(model, torch.tensor([ids], device=model.device), each)
-        at_dense = losses(model, [rows[number]], ())
-        tokens = []
-        for p in positions:
-            arms = {arm: float(predictions.nll(arm)[here][p - 1]) for arm in ("dense", "dsa")}
-            arms["dsa_as_dense"] = float(at_dense[p - 1])
-            first = {arm: int(predictions.arrays[f"argmax_{arm}"][here][p - 1]) for arm in ("dense", "dsa")}
-            tokens.append(
-                {
-                    "position": p,
-                    "before": tokenizer.decode(ids[max(0, p - CONTEXT) : p]),
-                    "token": tokenizer.decode([ids[p]]),
-                    "gap": arms["dsa"] - arms["dense"],
-                    "nll": arms,
-                    "first": {arm: tokenizer.decode([token]) for arm, token in first.items()},
-                    "layers": [
-                        {
-                            "missed": found[p - 1][0],
-                            "keys": [
-                                {"position": s, "distance": p - 1 - s, "text": tokenizer.decode([ids[s]]), "mass": mass}
-                                for s, mass in found[p - 1][1]
-                            ],
-                        }
-                        for found in observer.layers
-                    ],
-                }
-            )
-        about = {"row": number, "source": str(texts[number].get("data_source")), "length": len(ids)}
-        about |= {"lookup": is_lookup(texts[number]), "answer_tokens": int(counts[number])}
-        about |= {
-            "missed": queries.missed()[:-1][predictions.answers[here]].mean()
-        }  # of attention, at the answer tokens' queries
-        shown.append(about | {"gap": means[number], "sum": sums[number], "tokens": tokens})
+        about = {"row": number, "source": str(texts[number].get("data_source")), "lookup": is_lookup(texts[number])}
+        about |= {"gap": means[number], "sum": sums[number], "answer_tokens": counts[number]}
+        shown.append(about | worst_tokens(model, tokenizer, predictions, number, rows[number]))
     return {"gaps": means[counts > 0], "answer_tokens": counts[counts > 0], "shown": shown}
+
+
+def worst_tokens(model, tokenizer, predictions: Predictions, number: int, row: dict) -> dict:
+    """The answer tokens of a row where DSA loses most, with the keys that attention wanted and the indexer missed.
+
+    Of both arms the loss is the stored one; "dsa_as_dense" is that of DSA's weights with every key in sight.
+    """
+    here = predictions.rows == number
+    ids, answers, topk = row["input_ids"], predictions.answers[here], model.config.index_topk
+    nll = {arm: predictions.nll(arm)[here].astype(np.float64) for arm in ("dense", "dsa")}
+    first = {arm: predictions.arrays[f"argmax_{arm}"][here] for arm in nll}
+    gap = nll["dsa"] - nll["dense"]
+    nll["dsa_as_dense"] = losses(model, [row], ())
+    order = np.argsort(-np.where(answers, gap, -np.inf), kind="stable")
+    queries = order[: min(TOKENS, answers.sum())].tolist()  # query t predicts token t + 1
+    missed, statistics = MissedKeys(queries, topk, KEYS), QueryStatistics(topk, model.config.index_sinks)
+    for observer in (missed, statistics):
+        observe_dense(model, torch.tensor([ids], device=model.device), observer)
+
+    def key(t: int, s: int, mass: float) -> dict:
+        return {"position": s, "distance": t - s, "text": tokenizer.decode([ids[s]]), "mass": mass}
+
+    tokens = [
+        {
+            "position": t + 1,
+            "before": tokenizer.decode(ids[max(0, t + 1 - CONTEXT) : t + 1]),
+            "token": tokenizer.decode([ids[t + 1]]),
+            "gap": gap[t],
+            "nll": {arm: values[t] for arm, values in nll.items()},
+            "first": {arm: tokenizer.decode([int(tokens[t])]) for arm, tokens in first.items()},
+            "layers": [{"missed": x[t][0], "keys": [key(t, s, m) for s, m in x[t][1]]} for x in missed.layers],
+        }
+        for t in queries
+    ]
+    return {"length": len(ids), "missed": statistics.missed()[:-1][answers].mean(), "tokens": tokens}
 
 
 def analyse(model_path: Path, rows_file: Path, count: int) -> dict:
@@ -322,8 +319,6 @@ def main() -> None:
         with torch.no_grad():
             found = analyse(args.model, args.rows_file, args.rows)
         write(found, OUT)
-    from benchmarks.failures_report import write_report
-
     write_report(found, OUT.parent)
 
 

@@ -171,6 +171,7 @@ def write_report(found: dict, folder: Path) -> None:
         "missed_there": float(np.mean([layer["missed"] for token in tokens for layer in token["layers"]])),
         "tokens": tokens,
         "explained": explained(tokens),
+        "worse": int((gaps > 0).sum()),
         "best_rows": gaps[: len(worst["shown"])].tolist(),
     }
     environment = Environment(
