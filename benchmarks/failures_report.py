@@ -179,4 +179,4 @@ def write_report(found: dict, folder: Path) -> None:
     )
     environment.filters |= {"code": code, "block": block, "verdict": verdict, "layers_of": layers_of}
     text = environment.get_template("failures.md.jinja").render(context)
-    (folder / "failures.md").write_text(text, encoding="utf-8")
+    (folder / "failures.md").write_text(text + "\n", encoding="utf-8")
