@@ -121,13 +121,14 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096])
     parser.add_argument("--topk", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=2, help="0: nothing is measured")
+    parser.add_argument("--longest", type=int, default=1 << 30, help="of the lengths, measure up to this one")
     parser.add_argument("--checkpointing", action="store_true", help="measure with activation checkpointing")
     args = parser.parse_args()
     config = json.loads(args.config.read_text())
     rows = []
     for length, stage in product(args.lengths, STAGES):
         row = {"stage": stage, "length": length}
-        if args.repeats:
+        if args.repeats and length <= args.longest:
             row |= measure(args.config, stage, length, args.topk, args.repeats, args.checkpointing)
         if "seconds" in row:
             row["tokens_per_second"] = round(length / row["seconds"])
