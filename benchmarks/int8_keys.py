@@ -1,6 +1,6 @@
 """What index keys in int8 cost in quality: the same DSA model on the same held-out rows, with and without.
 
-    python -m benchmarks.int8_keys models/dsa data/long/test.jsonl.gz --rows 40
+    python -m benchmarks.int8_keys models/dsa data/long/test.jsonl.gz --rows 60
 
 Loss over answer tokens, attention mass on the selected keys, and how many of the selected keys stay the same. Writes
 reports/speed/int8_keys.json.
@@ -19,6 +19,7 @@ from dsa.evaluation import attention_mass, observe_dense, predict
 from dsa.indexer import pack_int8
 from dsa.masks import membership
 from stages.common import write_json
+from stages.statistics import mean_with_error
 from stages.training import examples
 
 
@@ -50,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("rows_file", type=Path)
-    parser.add_argument("--rows", type=int, default=40)
+    parser.add_argument("--rows", type=int, default=60)
     parser.add_argument("--statistics-rows", type=int, default=8)
     args = parser.parse_args()
     model = Qwen2DSAForCausalLM.from_pretrained(args.model, dtype="float32").eval()
@@ -77,8 +78,8 @@ def main() -> None:
         observe_dense(model, x, observer)
         overlap.append(observer.layers)
     gaps = [(x - y)[a] for x, y, a in zip(nll["int8"], nll["model"], answers, strict=True)]
-    gap = torch.cat(gaps).mean()
-    error = torch.stack([(x - gap).sum() for x in gaps]).square().sum().sqrt() / len(torch.cat(gaps))
+    rows_of = np.repeat(np.arange(len(gaps)), [len(x) for x in gaps])
+    gap, error = mean_with_error(torch.cat(gaps).double().numpy(), rows_of)
     result = {
         "rows": len(rows),
         "statistics_rows": len(ids),
@@ -86,8 +87,8 @@ def main() -> None:
         "topk": topk,
         "float32": found["model"],
         "int8": found["int8"],
-        "loss_gap": round(gap.item(), 7),
-        "loss_gap_se": round(error.item(), 7),
+        "loss_gap": round(gap, 7),
+        "loss_gap_se": round(error, 7),
         "same_keys": np.mean(overlap, axis=0).round(5).tolist(),
     }
     write_json(Path("reports/speed/int8_keys.json"), result)

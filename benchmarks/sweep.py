@@ -156,7 +156,7 @@ def collect(profile: str, commit: str = "HEAD") -> dict:
         "profile": profile,
         "base": asdict(base_point(profile)),
         "context": p.data.max_length,
-        "hidden_size": json.loads(Path("data/base/config.json").read_text(encoding="utf-8"))["hidden_size"],
+        "hidden_size": json.loads(Path("models/base/config.json").read_text(encoding="utf-8"))["hidden_size"],
         "training": {"steps": p.sparse.steps, "warmup_batch": p.warmup.batch_size, "batch": p.sparse.batch_size},
         "device": device_name(),
         "commit": output_of(["git", "rev-parse", "--short", commit]).strip(),

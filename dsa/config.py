@@ -17,7 +17,8 @@ class Qwen2DSAConfig(Qwen2Config):
     index_head_dim (`int`): size of an indexer head.
     index_rope_dim (`int`, *optional*): leading dims of an index query and key that RoPE turns, by default half.
     index_key_dtype (`str`, *optional*): "int8" rounds index keys, each by its own scale, outside of training: half the
-        bytes of bfloat16 in the cache, and on a CPU several times faster to score. By default they have the model's.
+        bytes of bfloat16 in the cache, and on a CPU about half the time to score at long contexts. By default they
+        have the model's type.
     attention_mode (`str`): "dense" attends to every earlier token, "sparse" to the selected ones.
     selector (`str`): what scores the keys in sparse mode. "indexer" is DSA; the others are controls on the same code
         path: "oracle" (the attention itself, averaged over the heads), "window" (the latest keys), "sink_window" (the

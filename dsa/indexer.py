@@ -77,7 +77,7 @@ def _decoding_scores(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) ->
     """q [B, 1, H, D], k [B, S, D], weights [B, 1, H] -> [B, 1, S]. Reads the keys once; no float32 copy of all is made,
     and as [S, D] @ [D, H], a row of the batch at a time, a CPU is several times as fast as in other orders."""
     B, S = k.shape[:2]
-    scores = torch.empty(B, 1, S)
+    scores = torch.empty(B, 1, S, dtype=torch.float32, device=k.device)
     for b in range(B):
         if k.dtype == torch.int8:
             dots = torch._int_mm(q[b, 0], k[b].T).float()  # (H, S)

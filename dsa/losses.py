@@ -155,7 +155,7 @@ def _scores(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> tuple[to
     """`index_scores` in float32 that also returns relu(q . k), [B, T, H, S], for its backward."""
     B, T, H, D = q.shape
     relu = (q.reshape(B, T * H, D) @ k.transpose(1, 2)).relu_().view(B * T, H, -1)
-    scores = (weights * (D * H) ** -0.5).view(B * T, 1, H) @ relu
+    scores = (weights * (D * H) ** -0.5).reshape(B * T, 1, H) @ relu
     return relu.view(B, T, H, -1), scores.view(B, T, -1)
 
 

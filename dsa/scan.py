@@ -7,8 +7,10 @@ few bytes are not tokenised at all, the others word by word (`dsa.counting`), in
 """
 
 import json
+import multiprocessing
 import os
 import signal
+import threading
 import unicodedata
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -117,15 +119,23 @@ class Scan:
         lines = iter(lines)
         yield from map(self.read, islice(lines, ALONE))
         processes = min(cores(), PROCESSES)
-        batches = iter(lambda: list(islice(lines, BATCH)), [])
+        batches = in_batches(lines)
         first = next(batches, [])
+        batches = chain([first], batches)
         if processes == 1 or len(first) < BATCH:
-            yield from map(self.read, chain(first, lines))
+            yield from map(self.read, chain.from_iterable(batches))
             return
         pool = ProcessPoolExecutor(processes, initializer=start_process, initargs=(self,))
+        ahead, failure = deque(), None
         try:
-            ahead = deque()
-            for batch in chain([first], batches):
+            while True:
+                try:
+                    batch = next(batches, None)
+                except Exception as error:  # the source's: what it gave before may be enough
+                    failure = error
+                    break
+                if batch is None:
+                    break
                 ahead.append(pool.submit(read_batch, batch))
                 if len(ahead) == 2 * processes:
                     yield from ahead.popleft().result()
@@ -133,6 +143,8 @@ class Scan:
                 yield from future.result()
         finally:
             pool.shutdown(cancel_futures=True)
+        if failure is not None:
+            raise failure
 
     def read(self, line: bytes) -> tuple[int | None, dict | BadRow | LeftOut]:
         """A line's tokens, None where they were not counted, and its row or why it is not kept."""
@@ -167,11 +179,34 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def in_batches(lines: Iterator[bytes]) -> Iterator[list[bytes]]:
+    """Lists of BATCH lines. Where the source fails, what it gave before comes first."""
+    batch = []
+    try:
+        for line in lines:
+            batch.append(line)
+            if len(batch) == BATCH:
+                yield batch
+                batch = []
+    except Exception:
+        yield batch
+        raise
+    if batch:
+        yield batch
+
+
 def start_process(scan: Scan) -> None:
     global process_scan
     process_scan = scan
+    threading.Thread(target=end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pass
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a process
+
+
+def end_with(parent: multiprocessing.process.BaseProcess) -> None:
+    """A parent that is killed stops no process of its pool."""
+    parent.join()
+    os._exit(1)
 
 
 def read_batch(lines: list[bytes]) -> list[tuple[int | None, dict | BadRow | LeftOut]]:
@@ -229,7 +264,7 @@ class LongRows(Scan):
 
     def has_answer(self, messages: list[dict]) -> bool:
         """Whether training, which cuts on the right, is left with a token of an answer."""
-        if self.count.fast and messages[1]["content"][0].strip():
+        if self.count.fast and messages[1]["content"][:1].strip():
             head = self.tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
             if head.endswith("\n"):  # no token has the end of this line and the answer's first character
                 return self.count(head) < self.max_length

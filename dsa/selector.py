@@ -35,7 +35,7 @@ def select_topk(scores: torch.Tensor, topk: int, mask: torch.Tensor | None = Non
         if scores.shape[1] == 1 and scores.device.type == "cpu":
             masked = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
             rows = [_row_topk(row, k) for row in masked[:, 0]]
-            if all(row is not None for row in rows):
+            if rows and all(row is not None for row in rows):
                 return torch.stack(rows)[:, None].int()
         if mask is None:
             mask = scores.new_ones((), dtype=torch.bool)
@@ -134,7 +134,8 @@ def latest_keys(positions: torch.Tensor, topk: int, keys: int, sinks: int = 0) -
         positions: int [T], absolute positions of the queries.
     """
     k = min(topk, keys)
-    place = torch.arange(k, device=positions.device)
+    positions = positions.int()
+    place = torch.arange(k, device=positions.device, dtype=torch.int32)
     beyond = (positions[:, None] - (k - 1)).clamp(min=0)  # earlier keys than have a place
     chosen = place + beyond * (place >= sinks)
-    return chosen.masked_fill_(chosen > positions[:, None], -1).int()[None]
+    return chosen.masked_fill_(chosen > positions[:, None], -1)[None]

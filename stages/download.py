@@ -7,6 +7,7 @@ sources of the installed packages.
 
 import json
 import shutil
+from collections import deque
 from collections.abc import Iterator
 from functools import cache
 from itertools import islice
@@ -55,16 +56,26 @@ class PythonPackages:
 def fetch(name: str, dataset, scan: Scan, wanted: int) -> dict:
     """Copy lines to data/raw/<name>.jsonl.gz until the scan has kept `wanted` rows, or to the end."""
     with line_writer(RAW / f"{name}.jsonl.gz") as write, tqdm(total=wanted, desc=name, unit=" usable rows") as progress:
+        read: deque[bytes] = deque()  # but not written: how far a scan reads ahead depends on the number of cores
 
         def copied() -> Iterator[bytes]:
             for line in dataset.lines():
-                write(line)
+                read.append(line)
                 yield line
 
+        def write_scanned() -> None:
+            nonlocal written
+            for _ in range(scan.tally.scanned - written):
+                write(read.popleft())
+            written = scan.tally.scanned
+
+        written = 0
         for _ in islice(scan(copied()), wanted):
+            write_scanned()
             fetched = f"{scan.tally.scanned:,} rows, {dataset.fetched_bytes / 1e6:,.1f} MB fetched"
             progress.set_postfix_str(fetched, refresh=False)
             progress.update()
+        write_scanned()
     return {
         "source": dataset.uri,
         "revision": dataset.revision,

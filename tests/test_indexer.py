@@ -158,3 +158,13 @@ def test_input_is_detached():
 def test_a_config_that_cannot_work_is_an_error(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         Qwen2DSAConfig(**({"index_head_dim": 16} | change))
+
+
+def test_decoding_scores_whatever_the_default_type_is():
+    q, k, weights = torch.randn(1, 1, 2, 8), torch.randn(1, 5, 8), torch.rand(1, 1, 2)
+    expected = index_scores(q, k, weights)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(index_scores(q, k, weights), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

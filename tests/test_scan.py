@@ -2,6 +2,10 @@
 
 import json
 import multiprocessing
+import os
+import subprocess
+import sys
+import time
 from itertools import islice
 
 import pytest
@@ -116,9 +120,51 @@ def test_several_processes_find_the_same(processes):
     assert not scans[0].count.pieces, "this process has counted itself"
 
 
+def test_several_processes_read_on_in_order_until_the_source_fails(tokenizer, processes):
+    """What the source gave before it failed is not lost: it may be enough."""
+
+    def source():
+        yield from raw
+        raise ConnectionError("gone")
+
+    raw = lines([row(number % 300 + 1) for number in range(10 * scan_module.BATCH + 3)])
+    found = []
+    with pytest.raises(ConnectionError):
+        for kept in LongRows(tokenizer, 10_000, 0, 100)(source()):
+            found.append((kept.number, kept.tokens))
+    assert found == plain_loop(tokenizer, raw, 100)
+
+
+def test_a_killed_pass_leaves_no_process():
+    """Workers of a parent that was killed would wait for work for ever."""
+    code = (
+        "import os, signal\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from dsa.scan import start_process\n"
+        "pool = ProcessPoolExecutor(2, initializer=start_process, initargs=(None,))\n"
+        "print(*{pool.submit(os.getpid).result() for _ in range(20)}, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    workers = [int(pid) for pid in run.stdout.split()]
+    assert workers, run.stderr
+    deadline = time.monotonic() + 20
+    while any(map(is_alive, workers)):
+        assert time.monotonic() < deadline, f"still there: {workers}"
+        time.sleep(0.1)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def test_several_processes_stop_with_the_pass(tokenizer, processes):
     """At the last wanted row, at too many bad rows, at an error; and no process is left."""
-    read = []
+    read, others = [], set(multiprocessing.active_children())
 
     def source(bad=None):
         for number in range(100_000):
@@ -132,7 +178,7 @@ def test_several_processes_stop_with_the_pass(tokenizer, processes):
         list(LongRows(tokenizer, 10_000, 2, 100)(source(40)))
     with pytest.raises(TypeError):
         list(LongRows(tokenizer, 10_000, 0, None)(source()))
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= others
 
 
 def test_the_pass_stops_at_the_last_wanted_row(tokenizer):
@@ -196,7 +242,7 @@ def test_truncation_leaves_no_row_without_an_answer(tokenizer):
 def test_whether_an_answer_is_left_as_the_labels_say(tokenizer):
     """At every length of the cut, and where the answer's first characters are in the prompt's last token."""
     for answer in ("word", "\n\nword", " word", "\u0301", "<|im_end|>", "好"):
-        for history in ([], [["a b", "c"]]):
+        for history in ([], [["a b", "c"]], [["a", ""]]):
             messages = messages_of(row(1, instruction="one two", output=answer, history=history))
             (example,) = encode(tokenizer, [render(tokenizer, messages)])
             first = next(i for i, label in enumerate(example["labels"]) if label != -100)

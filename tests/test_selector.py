@@ -134,6 +134,11 @@ def test_latest_keys_are_what_top_k_of_the_positions_selects(positions, keys, si
     assert torch.equal(latest_keys(queries, topk, keys, sinks), select_topk(scores, topk, mask))
 
 
+@pytest.mark.parametrize("shape", [(0, 1, 6), (2, 0, 6)])
+def test_nothing_to_select_for(shape):
+    assert select_topk(torch.zeros(shape), 3).shape == (*shape[:2], 3)
+
+
 def test_control_arms():
     queries = torch.arange(20)
     mask = torch.ones(20, 20, dtype=torch.bool).tril()[None]
