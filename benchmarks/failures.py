@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.failures_report import write_report
 from benchmarks.probes import MissedKeys, QueryStatistics, losses
-from benchmarks.sweep_report import NORMAL, STUDENT
+from benchmarks.sweep_report import student
 from dsa import Qwen2DSAForCausalLM
 from dsa.data import IGNORE
 from dsa.evaluation import attention_mass, observe_dense
@@ -51,15 +51,6 @@ SAME = 1e-3  # nats: as near as the model's loss must come to what the stage `ev
 
 class FailuresError(SystemExit):
     """str() is the one line to show."""
-
-
-def student(freedom: int) -> float:
-    """97.5 % quantile of Student's t: a table up to 9, then Hill's expansion, right to three decimals."""
-    if freedom in STUDENT:
-        return STUDENT[freedom]
-    z = NORMAL
-    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + sum(term / freedom ** (power + 1) for power, term in enumerate(terms))
 
 
 def interval(values: np.ndarray, units: np.ndarray) -> dict:

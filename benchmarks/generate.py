@@ -115,7 +115,7 @@ def main() -> None:
             rows[name, context] = row
             print(row, flush=True)
             result = {
-                "device": torch.cuda.get_device_name() if gpu else device_name(),
+                "device": device_name(),
                 "torch": torch.__version__,
                 "cache": "random keys, values and index keys, not a prefill",
                 "rows": [rows[key] for key in sorted(rows)],
