@@ -90,16 +90,16 @@ def loss_by_position(nll: dict[str, np.ndarray], positions, rows, topk: int, pat
     save(figure, path)
 
 
-def quality_by_topk(sweep: pd.DataFrame, dense: dict, window: dict, topk: int, path: Path) -> None:
-    """DSA at other k than it was trained with, without retraining."""
+def quality_by_topk(sweep: pd.DataFrame, dense: dict, window_trained: dict, topk: int, path: Path) -> None:
+    """DSA at other k than it was trained with, without retraining; all on the same rows."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     left.errorbar(sweep["topk"], sweep["gap"], sweep["gap_se"], color=COLORS["dsa"], marker="o", label=LABELS["dsa"])
     left.axhline(0, color=COLORS["dense"], linewidth=1, label=LABELS["dense"])
-    left.plot([topk], [window["gap"]], "s", color=COLORS["window_trained"], label=LABELS["window_trained"])
+    left.plot([topk], [window_trained["gap"]], "s", color=COLORS["window_trained"], label=LABELS["window_trained"])
     left.set_ylabel("answer loss minus dense (nats per token)")
     right.plot(sweep["topk"], 100 * sweep["retrieval_tokens"], color=COLORS["dsa"], marker="o")
     right.axhline(100 * dense["retrieval_tokens"], color=COLORS["dense"], linewidth=1)
-    right.plot([topk], [100 * window["retrieval_tokens"]], "s", color=COLORS["window_trained"])
+    right.plot([topk], [100 * window_trained["retrieval_tokens"]], "s", color=COLORS["window_trained"])
     right.set_ylabel("tokens of look-ups right (%)")
     for axis in (left, right):
         axis.set_xscale("log", base=2)

@@ -89,10 +89,9 @@ def draw(
 ) -> None:
     """All figures. base: the metrics of the embedded base model, None for another base."""
     arms = {arm: predictions.nll(arm) for arm in TRAINED}
-    rows = {row["arm"]: row for row in tables["trained"]}
     figures.loss_by_position(arms, predictions.positions, predictions.rows, p.topk, FIGURES / "loss_by_position.png")
     sweep = pd.DataFrame(tables["sweep"])
-    figures.quality_by_topk(sweep, rows["dense"], rows["window_trained"], p.topk, FIGURES / "quality_by_topk.png")
+    figures.quality_by_topk(sweep, **tables["sweep_reference"], topk=p.topk, path=FIGURES / "quality_by_topk.png")
     figures.mass_by_layer(selections, p.topk, FIGURES / "mass_by_layer.png")
     figures.training_curves(curves, FIGURES / "training_curves.png")
     if len(distance := predictions.arrays["lookup_distance"]):
@@ -142,15 +141,16 @@ def main() -> None:
     curves = {name: pd.read_csv(REPORTS / f"train/{name}.csv") for name in train}
     predictions = Predictions(GROUPS)
     arms = {arm: numbers for e in evaluations.values() for arm, numbers in e["arms"].items()}
-    sweep = []
-    for k, numbers in evaluations["dsa"]["topk_sweep"].items():
-        arm = "dsa" if int(k) == p.topk else f"k{k}"
-        gap, error = predictions.gap(arm, "dense")
-        sweep.append({"topk": int(k), **numbers, "gap": gap, "gap_se": error})
+    few = Predictions(GROUPS, p.evaluate.control_rows)
+    sweep = [
+        {"topk": int(k), **numbers, **few.summary("dsa" if int(k) == p.topk else f"k{k}", "dense")}
+        for k, numbers in evaluations["dsa"]["topk_sweep"].items()
+    ]
     tables = {
         "trained": compare(predictions, arms, TRAINED, "dense"),
         "untrained": compare(predictions, arms, UNTRAINED, "base"),
         "sweep": sweep,
+        "sweep_reference": {arm: few.summary(arm, "dense") for arm in ("dense", "window_trained")},
         "retrieval": {
             arm: evaluations[group]["retrieval"]
             for arm, group in (("dense", "dense"), ("dsa", "dsa"), ("window_trained", "window"))

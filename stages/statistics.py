@@ -25,12 +25,23 @@ def load(path: str) -> dict[str, np.ndarray]:
 
 
 class Predictions:
-    """All arms' per-token predictions on the same held-out rows."""
+    """All arms' per-token predictions on the same held-out rows.
 
-    def __init__(self, groups: tuple[str, ...]):
+    Args:
+        groups: of the stage `evaluate`.
+        count: the first so many rows only, for arms that ran on no others; by default all.
+    """
+
+    def __init__(self, groups: tuple[str, ...], count: int | None = None):
         self.arrays: dict[str, np.ndarray] = {}
         for group in groups:
             self.arrays |= load(f"data/evaluate/{group}.npz")
+        lookups = int((self.arrays["lookup_row"] < count).sum()) if count else None
+        tokens = int(self.arrays["lengths"][:count].sum())
+        limits = {"lengths": count, "heatmap": None, "lookup": lookups, "share": lookups, "right": lookups}
+        self.arrays = {
+            name: x[: limits.get(name.split("_")[0], tokens)] if x.ndim else x for name, x in self.arrays.items()
+        }
         lengths = self.arrays["lengths"]
         self.rows = np.repeat(np.arange(len(lengths)), lengths)
         self.positions = np.concatenate([np.arange(1, n + 1) for n in lengths])
@@ -59,3 +70,12 @@ class Predictions:
         ours, theirs = self.arrays[f"argmax_{arm}"], self.arrays[f"argmax_{reference}"]
         n = min(len(ours), len(theirs))
         return float((ours[:n] == theirs[:n])[self.answers[:n]].mean())
+
+    def summary(self, arm: str, reference: str) -> dict[str, float]:
+        """Answer loss, its gap to the reference with standard error, and the look-ups, of the arms that have them."""
+        gap, error = self.gap(arm, reference)
+        found = {"loss": float(self.nll(arm)[self.answers].mean()), "gap": gap, "gap_se": error}
+        for name, what in (("retrieval", f"right_{arm}"), ("retrieval_tokens", f"share_{arm}")):
+            if what in self.arrays:
+                found[name] = float(self.arrays[what].mean()) if len(self.arrays[what]) else 0.0
+        return found
