@@ -10,7 +10,7 @@ from stages.figures import COLORS, LABELS, plt, save
 
 TITLES = {
     "needle": "One needle",
-    "multikey": "Several needles with different keys, one is asked for",
+    "multikey": "One of several needles",
     "kv": "Key-value retrieval",
 }
 
@@ -46,8 +46,8 @@ def draw_heatmap(task: dict, arms: list[str], title: str, trained: int, path: Pa
         squeeze=False,
     )
     for panels, measure, scale, colors, label in (
-        (axes[0], "tokens", 1.0, "viridis", "share of the value's tokens right"),
-        (axes[1], "nats", top, "viridis_r", "loss (nats a token of the value)"),
+        (axes[0], "tokens", 1.0, "viridis", "tokens right (share)"),
+        (axes[1], "nats", top, "viridis_r", "loss (nats a token)"),
     ):
         for axis, arm in zip(panels, arms, strict=True):
             values = np.array(cells[arm][measure], float)

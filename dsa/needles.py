@@ -1,6 +1,6 @@
 """Needles in a haystack: facts planted at known depths of a long text, each asked for at its end.
 
-The tasks are RULER's single needle and multi-key needle (Hsieh et al. 2024, appendix B): one fact in the text, or
+The tasks are RULER's single needle and multi-key needle (Hsieh et al. 2024, section 3.1): one fact in the text, or
 several of the same form with other keys. Depth 0 is the start of the text, 1 its end. Only the tokens of the fact's
 value are scored: the rest of an answer repeats the question.
 """
