@@ -17,16 +17,16 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from benchmarks.common import interval, plain, write
 from benchmarks.failures_report import write_report
 from benchmarks.probes import MissedKeys, QueryStatistics, losses
-from benchmarks.sweep_report import student
 from dsa import Qwen2DSAForCausalLM
 from dsa.data import IGNORE
 from dsa.evaluation import attention_mass, observe_dense
 from stages.common import device_name, read_rows
 from stages.evaluate import is_lookup
 from stages.report import git_commit
-from stages.statistics import Predictions, mean_with_error
+from stages.statistics import Predictions
 from stages.training import examples
 
 OUT = Path("reports/failures.json")
@@ -51,26 +51,6 @@ SAME = 1e-3  # nats: as near as the model's loss must come to what the stage `ev
 
 class FailuresError(SystemExit):
     """str() is the one line to show."""
-
-
-def interval(values: np.ndarray, units: np.ndarray) -> dict:
-    """Mean of per-token values, its standard error with the units (rows) as the independent ones, 95 % by Student's t.
-
-    Raises FailuresError for fewer than two units, which tell nothing of others.
-    """
-    count = len(np.unique(units))
-    if count < 2:
-        raise FailuresError(f"an interval needs two rows at least, and there are {count}")
-    mean, error = mean_with_error(values, units)
-    half = student(count - 1) * error
-    return {
-        "mean": mean,
-        "error": error,
-        "low": mean - half,
-        "high": mean + half,
-        "units": count,
-        "tokens": len(values),
-    }
 
 
 def decomposition(predictions: Predictions, families: np.ndarray) -> dict[str, dict]:
@@ -274,27 +254,6 @@ def analyse(model_path: Path, rows_file: Path, count: int) -> dict:
     }
     run = {"seconds": time.monotonic() - start, "device": device_name(), "commit": git_commit()}
     return plain(found | {"run": run})
-
-
-def plain(x):
-    """NumPy's numbers and arrays as Python's, to six digits behind the point."""
-    if isinstance(x, dict):
-        return {key: plain(value) for key, value in x.items()}
-    if isinstance(x, (list, tuple, np.ndarray)):
-        return [plain(value) for value in x]
-    if isinstance(x, (float, np.floating)):
-        return round(float(x), 6)
-    return x.item() if isinstance(x, np.generic) else x
-
-
-def write(found: dict, path: Path) -> None:
-    """JSON with a line for each entry of a section."""
-    sections = []
-    for name, section in found.items():
-        lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in section.items())
-        sections.append(f" {json.dumps(name)}: {{\n{lines}\n }}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("{\n" + ",\n".join(sections) + "\n}\n", encoding="utf-8")
 
 
 def main() -> None:

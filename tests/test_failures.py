@@ -10,7 +10,8 @@ import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks import failures
-from benchmarks.failures import decomposition, distribution, interval, quarters
+from benchmarks.common import interval
+from benchmarks.failures import decomposition, distribution, quarters
 from benchmarks.failures_report import block, code, verdict, write_report
 from benchmarks.probes import MissedKeys, QueryStatistics, losses, sparse_in
 from benchmarks.sweep_report import student

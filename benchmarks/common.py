@@ -1,0 +1,54 @@
+"""What the benchmarks that write a page share: intervals, and their numbers as JSON."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.sweep_report import student
+from stages.statistics import mean_with_error
+
+
+class TooFewRows(SystemExit):
+    """str() is the one line to show."""
+
+
+def interval(values: np.ndarray, units: np.ndarray) -> dict:
+    """Mean of per-token values, its standard error with the units (rows) as the independent ones, 95 % by Student's t.
+
+    Raises TooFewRows for fewer than two units, which tell nothing of others.
+    """
+    count = len(np.unique(units))
+    if count < 2:
+        raise TooFewRows(f"an interval needs two rows at least, and there are {count}")
+    mean, error = mean_with_error(values, units)
+    half = student(count - 1) * error
+    return {
+        "mean": mean,
+        "error": error,
+        "low": mean - half,
+        "high": mean + half,
+        "units": count,
+        "tokens": len(values),
+    }
+
+
+def plain(x):
+    """NumPy's numbers and arrays as Python's, to six digits behind the point; what is not a number as None."""
+    if isinstance(x, dict):
+        return {key: plain(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple, np.ndarray)):
+        return [plain(value) for value in x]
+    if isinstance(x, (float, np.floating)):
+        return None if np.isnan(x) else round(float(x), 6)
+    return x.item() if isinstance(x, np.generic) else x
+
+
+def write(found: dict, path: Path) -> None:
+    """JSON with a line for each entry of a section."""
+    sections = []
+    for name, section in found.items():
+        lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in section.items())
+        sections.append(f" {json.dumps(name)}: {{\n{lines}\n }}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{\n" + ",\n".join(sections) + "\n}\n", encoding="utf-8")
