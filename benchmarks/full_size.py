@@ -100,9 +100,10 @@ def measure(*options) -> dict:
 def computed_gb(config: dict, stage: str, length: int, checkpointing: bool) -> dict[str, float]:
     """What a training step holds on a GPU, by arithmetic: float32 master weights, bfloat16 activations, one row.
 
-    Of a layer, backward needs its input, the two norms' outputs and inputs, q, k, v, attention's output, and of the MLP
-    gate, up, the activation and the product; with checkpointing only its input. Autocast keeps a bfloat16 copy of the
-    weights. Logits are held in bfloat16, in float32 and as their gradient. The warm-up keeps nothing of the backbone.
+    Of a layer, backward needs the two norms' inputs and normalised inputs in float32 and their outputs, q, k, v,
+    attention's output, and of the MLP gate, up, the activation and the product; of an indexer its input in both
+    precisions, queries and keys. With checkpointing it needs the layer's input only. The warm-up keeps nothing of the
+    backbone. Autocast keeps a bfloat16 copy of the weights. Logits are in bfloat16, in float32 and as their gradient.
     """
     hidden, heads, vocabulary = config["hidden_size"], config["num_attention_heads"], config["vocab_size"]
     kv = config["num_key_value_heads"] * hidden // heads
@@ -110,12 +111,14 @@ def computed_gb(config: dict, stage: str, length: int, checkpointing: bool) -> d
     backbone = vocabulary * hidden + layers * (2 * hidden * (hidden + kv) + 3 * hidden * wide)
     indexer = layers * hidden * (4 * 64 + 64 + 4)
     trained = {"dense": backbone, "warmup": indexer, "sparse": backbone + indexer}[stage]
-    layer = 2 * length * hidden if checkpointing else length * (2 * (6 * hidden + 2 * kv + 4 * wide) + 4 * 2 * hidden)
+    of_backbone = 0 if stage == "warmup" else 2 * (6 * hidden + 2 * kv + 4 * wide) + 4 * 4 * hidden
+    of_indexer = 0 if stage == "dense" else 8 * hidden + 4 * 4 * 64 + 14 * 64
+    of_layer = 4 * hidden if checkpointing else of_backbone + of_indexer  # bytes a token
     held = {
         "weights": 4 * (backbone + (indexer if stage != "dense" else 0)),
         "autocast_copies": 2 * backbone,
         "gradients_and_adam": 12 * trained,
-        "activations": 0 if stage == "warmup" else layers * layer,
+        "activations": layers * length * of_layer,
         "logits": 0 if stage == "warmup" else length * vocabulary * (2 + 4 + 4),
         "slab": 0 if stage == "dense" else 3 * 4 * 2**24,  # dsa.masks.SLAB_ELEMENTS
     }
