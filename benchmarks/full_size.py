@@ -1,11 +1,13 @@
 """Training steps of the full profile at full size, with random weights: time and memory, measured and computed.
 
     python -m benchmarks.full_size CONFIG.json --lengths 2048 4096
+    python -m benchmarks.full_size CONFIG.json --lengths 4096 --checkpointing
     python -m benchmarks.full_size CONFIG.json --lengths 2048 4096 --repeats 0     # the arithmetic alone
 
 CONFIG.json is the published config of Qwen2.5-0.5B (models/base/config.json after the full profile's stage `model`).
 One row a step, as the stages do it: autocast to bfloat16, AdamW. Each step runs in a process of its own, for its peak
-memory. Writes reports/speed/full_size.json, what was measured on a GPU to reports/gpu/full_size.json.
+memory. Writes reports/speed/full_size.json, what was measured on a GPU to reports/gpu/full_size.json, after every step;
+what stands there is kept, if it is of the same model and machine.
 """
 
 import argparse
@@ -33,7 +35,12 @@ SIZES = (
     "num_attention_heads",
     "num_key_value_heads",
 )
+MEASURED = ("seconds", "peak_gb", "tokens_per_second", "failed")
 GB = 2**30
+
+
+def key(row: dict) -> tuple:
+    return row["length"], row["checkpointing"], STAGES.index(row["stage"])
 
 
 def build(config: Path, stage: str, topk: int, checkpointing: bool):
@@ -93,9 +100,10 @@ def measure(*options) -> dict:
 def computed_gb(config: dict, stage: str, length: int, checkpointing: bool) -> dict[str, float]:
     """What a training step holds on a GPU, by arithmetic: float32 master weights, bfloat16 activations, one row.
 
-    Of a layer, backward needs its input, the two norms' outputs and inputs, q, k, v, attention's output, and of the MLP
-    gate, up, the activation and the product; with checkpointing only its input. Autocast keeps a bfloat16 copy of the
-    weights. Logits are held in bfloat16, in float32 and as their gradient. The warm-up keeps nothing of the backbone.
+    Of a layer, backward needs the two norms' inputs and normalised inputs in float32 and their outputs, q, k, v,
+    attention's output, and of the MLP gate, up, the activation and the product; of an indexer its input in both
+    precisions, queries and keys. With checkpointing it needs the layer's input only. The warm-up keeps nothing of the
+    backbone. Autocast keeps a bfloat16 copy of the weights. Logits are in bfloat16, in float32 and as their gradient.
     """
     hidden, heads, vocabulary = config["hidden_size"], config["num_attention_heads"], config["vocab_size"]
     kv = config["num_key_value_heads"] * hidden // heads
@@ -103,12 +111,14 @@ def computed_gb(config: dict, stage: str, length: int, checkpointing: bool) -> d
     backbone = vocabulary * hidden + layers * (2 * hidden * (hidden + kv) + 3 * hidden * wide)
     indexer = layers * hidden * (4 * 64 + 64 + 4)
     trained = {"dense": backbone, "warmup": indexer, "sparse": backbone + indexer}[stage]
-    layer = 2 * length * hidden if checkpointing else length * (2 * (6 * hidden + 2 * kv + 4 * wide) + 4 * 2 * hidden)
+    of_backbone = 0 if stage == "warmup" else 2 * (6 * hidden + 2 * kv + 4 * wide) + 4 * 4 * hidden
+    of_indexer = 0 if stage == "dense" else 8 * hidden + 4 * 4 * 64 + 14 * 64
+    of_layer = 4 * hidden if checkpointing else of_backbone + of_indexer  # bytes a token
     held = {
         "weights": 4 * (backbone + (indexer if stage != "dense" else 0)),
         "autocast_copies": 2 * backbone,
         "gradients_and_adam": 12 * trained,
-        "activations": 0 if stage == "warmup" else layers * layer,
+        "activations": layers * length * of_layer,
         "logits": 0 if stage == "warmup" else length * vocabulary * (2 + 4 + 4),
         "slab": 0 if stage == "dense" else 3 * 4 * 2**24,  # dsa.masks.SLAB_ELEMENTS
     }
@@ -125,29 +135,41 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true", help="measure with activation checkpointing")
     args = parser.parse_args()
     config = json.loads(args.config.read_text())
-    rows = []
-    for length, stage in product(args.lengths, STAGES):
-        row = {"stage": stage, "length": length}
-        if args.repeats and length <= args.longest:
-            row |= measure(args.config, stage, length, args.topk, args.repeats, args.checkpointing)
-        if "seconds" in row:
-            row["tokens_per_second"] = round(length / row["seconds"])
-        row["computed_gpu_gb"] = computed_gb(config, stage, length, checkpointing=False)
-        row["computed_gpu_gb_with_checkpointing"] = computed_gb(config, stage, length, checkpointing=True)
-        rows.append(row)
-        print(row, flush=True)
     gpu = bool(args.repeats) and torch.cuda.is_available()
+    path = Path("reports/gpu" if gpu else "reports/speed", "full_size.json")
     result = {"model": {name: config[name] for name in SIZES}}
+    machine = {
+        "device": device_name(),
+        "torch": torch.__version__,
+        "precision": "bfloat16 autocast" if supports_bf16() else "float32",
+        "topk": args.topk,
+    }
+    before = json.loads(path.read_text()) if path.exists() else {}
     if args.repeats:
-        result |= {
-            "device": device_name(),
-            "torch": torch.__version__,
-            "precision": "bfloat16 autocast" if supports_bf16() else "float32",
-            "topk": args.topk,
-            "checkpointing": args.checkpointing,
-        }
-    result["rows"] = rows
-    write_json(Path("reports/gpu" if gpu else "reports/speed", "full_size.json"), result)
+        result |= machine
+    elif "device" in before:  # the arithmetic is of no machine, and leaves what was measured
+        result |= {name: before[name] for name in machine}
+    same = all(before.get(name) == value for name, value in result.items())
+    rows = {key(row): row for row in before["rows"]} if same else {}
+
+    def put(row: dict) -> None:
+        rows[key(row)] = row
+        write_json(path, result | {"rows": [rows[each] for each in sorted(rows)]})
+
+    tasks = list(product(args.lengths, STAGES))
+    for (length, stage), checkpointing in product(tasks, (False, True)):
+        row = {"stage": stage, "length": length, "checkpointing": checkpointing}
+        measured = {name: value for name, value in rows.get(key(row), {}).items() if name in MEASURED}
+        put(row | measured | {"computed_gpu_gb": computed_gb(config, stage, length, checkpointing)})
+    for length, stage in tasks if args.repeats else ():
+        if length <= args.longest:
+            row = {"stage": stage, "length": length, "checkpointing": args.checkpointing}
+            computed = rows[key(row)]["computed_gpu_gb"]
+            row |= measure(args.config, stage, length, args.topk, args.repeats, args.checkpointing)
+            if "seconds" in row:
+                row["tokens_per_second"] = round(length / row["seconds"])
+            put(row | {"computed_gpu_gb": computed})
+            print(row, flush=True)
 
 
 if __name__ == "__main__":

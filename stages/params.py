@@ -4,7 +4,6 @@
 An unknown key, a wrong type or a value out of range ends a stage with one line that names the key.
 """
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -126,7 +125,7 @@ class Benchmark(Section):
 
 
 class Harness(Section):
-    tasks: list[str]  # of lm-evaluation-harness; none: the stage does nothing
+    tasks: list[str]  # of lm-evaluation-harness, or paths of tasks' YAMLs; none: the stage does nothing
     limit: Positive | None  # documents a task
     fewshot: Natural | None
     max_length: Positive
@@ -262,5 +261,6 @@ def load(stage: str | None = None, root: Path = Path(), profile: str | None = No
 
 
 if __name__ == "__main__":  # before the long stages
-    if load().harness.tasks and importlib.util.find_spec("lm_eval") is None:
-        raise ParamsError("harness.tasks: needs lm-evaluation-harness (uv run --extra harness ...), or set it to []")
+    from stages.harness import check
+
+    check(load().harness.tasks)
