@@ -1,12 +1,13 @@
-"""Sweeps over top-k, indexer size, warm-up length and seed as DVC experiments.
+"""Sweeps over top-k, indexer size, warm-up length, ablation and seed as DVC experiments.
 
-    python -m benchmarks.sweep queue [topk] [indexer] [warmup]    # dvc exp run --queue, once a point
-    dvc exp run --run-all                                         # one after the other; or dvc queue start
-    python -m benchmarks.sweep report                             # dvc exp show --json to reports/sweep.{json,md}
-    python -m benchmarks.sweep report --from reports/sweep.json   # the page again, without the experiments
+    python -m benchmarks.sweep queue [topk] [indexer] [warmup] [ablation]    # dvc exp run --queue, once a point
+    dvc exp run --run-all                                      # one after the other; or dvc queue start
+    python -m benchmarks.sweep report                          # dvc exp show --json to reports/sweep.{json,md}
+    python -m benchmarks.sweep report --from FILE [FILE ...]   # the page of such files, without the experiments
 
 A point runs the stage `compare` and what it needs. `queue` leaves out points that are there or wait already, so a sweep
-that was cut short goes on. Experiments are git refs that no clone has: the JSON file is what is committed.
+that was cut short goes on. Experiments are git refs that no clone has: the JSON file is what is committed. Sweeps of
+several commits or machines are joined by `report --from`; each experiment keeps the commit that it began at.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import subprocess
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from typing import get_args
 
 from stages import params
 from stages.common import device_name
@@ -23,9 +25,11 @@ from stages.common import device_name
 OUT = Path("reports/sweep.json")
 TOPK = (32, 64, 128, 256, 512, 1024)
 INDEXERS = ((1, 16), (1, 64), (4, 16), (4, 64), (8, 128))  # heads x size; 1 x 64 and 4 x 16 cost the same to score
-INDEXER_TOPK = (64, 256)  # a bad choice of keys costs more where they are few
+SCARCE_TOPK = (64,)  # of the groups below the first: a bad choice of keys costs more where they are few
 WARMUP = (0, 10, 40, 80)  # steps
+ABLATIONS = get_args(params.Ablation)
 SEEDS = (0, 1, 2)
+GROUPS = ("topk", "indexer", "warmup", "ablation")
 METRICS = "reports/compare.json"
 TIMED = {  # stage: where its seconds are
     "dense": "reports/train/dense.json",
@@ -49,9 +53,11 @@ class Point:
     head_dim: int
     warmup_steps: int
     seed: int
+    ablation: str = "none"
 
     def name(self, profile: str) -> str:
-        return f"{profile}-k{self.topk}-i{self.n_heads}x{self.head_dim}-w{self.warmup_steps}-s{self.seed}"
+        name = f"{profile}-k{self.topk}-i{self.n_heads}x{self.head_dim}-w{self.warmup_steps}-s{self.seed}"
+        return name if self.ablation == "none" else f"{name}-{self.ablation.replace('_', '-')}"
 
     def settings(self, profile: str) -> list[str]:
         """The values of `dvc exp run -S`."""
@@ -61,6 +67,7 @@ class Point:
             f"topk={self.topk}",
             f"indexer.n_heads={self.n_heads}",
             f"indexer.head_dim={self.head_dim}",
+            *([f"ablation={self.ablation}"] if self.ablation != "none" else []),
             f"profiles/{profile}.yaml:warmup.steps={self.warmup_steps}",
         ]
 
@@ -72,7 +79,7 @@ class Point:
 def base_point(profile: str) -> Point:
     """The default of every knob: what a group of points leaves as it is."""
     p = params.load(profile=profile)
-    return Point(p.topk, p.indexer.n_heads, p.indexer.head_dim, p.warmup.steps, p.seed)
+    return Point(p.topk, p.indexer.n_heads, p.indexer.head_dim, p.warmup.steps, p.seed, p.ablation)
 
 
 def plan(base: Point, topk=TOPK, seeds=SEEDS) -> dict[str, list[Point]]:
@@ -80,8 +87,11 @@ def plan(base: Point, topk=TOPK, seeds=SEEDS) -> dict[str, list[Point]]:
     size = (base.n_heads, base.head_dim)
     return {
         "topk": [Point(k, *size, base.warmup_steps, s) for s, k in product(seeds, topk)],
-        "indexer": [Point(k, *i, base.warmup_steps, s) for s, i, k in product(seeds, INDEXERS, INDEXER_TOPK)],
-        "warmup": [Point(base.topk, *size, steps, s) for s, steps in product(seeds, WARMUP)],
+        "indexer": [Point(k, *i, base.warmup_steps, s) for k, s, i in product(SCARCE_TOPK, seeds, INDEXERS)],
+        "warmup": [Point(k, *size, steps, s) for k, s, steps in product(SCARCE_TOPK, seeds, WARMUP)],
+        "ablation": [
+            Point(k, *size, base.warmup_steps, s, name) for k, s, name in product(SCARCE_TOPK, seeds, ABLATIONS)
+        ],
     }
 
 
@@ -130,7 +140,13 @@ def read_experiment(experiment: dict, profile: str) -> dict | None:
     scale = data["params"].get(f"profiles/{profile}.yaml", {}).get("data")
     if knobs["profile"] != profile or not scale or METRICS not in data["metrics"]:
         return None
-    point = Point(knobs["topk"], **knobs["indexer"], warmup_steps=scale["warmup"]["steps"], seed=knobs["seed"])
+    point = Point(
+        knobs["topk"],
+        **knobs["indexer"],
+        warmup_steps=scale["warmup"]["steps"],
+        seed=knobs["seed"],
+        ablation=knobs.get("ablation", "none"),
+    )
     if experiment["name"] != point.name(profile):
         return None
     row = {"name": experiment["name"], **asdict(point), "metrics": data["metrics"][METRICS]["data"]}
@@ -146,6 +162,7 @@ def collect(profile: str, commit: str = "HEAD") -> dict:
     """The sweep's experiments: `dvc exp show --json`, and each row's sums from the experiment's commit."""
     p = params.load(profile=profile)
     rows = [row for row in (read_experiment(e, profile) for e in shown(commit)) if row]
+    began = output_of(["git", "rev-parse", "--short", commit]).strip()
     common = {}
     for name in ("tokens", "lookups"):
         found = {tuple(row["rows"].pop(name)) for row in rows}
@@ -159,10 +176,28 @@ def collect(profile: str, commit: str = "HEAD") -> dict:
         "hidden_size": json.loads(Path("models/base/config.json").read_text(encoding="utf-8"))["hidden_size"],
         "training": {"steps": p.sparse.steps, "warmup_batch": p.warmup.batch_size, "batch": p.sparse.batch_size},
         "device": device_name(),
-        "commit": output_of(["git", "rev-parse", "--short", commit]).strip(),
         "rows": common,
-        "experiments": sorted(rows, key=lambda row: [row[k] for k in Point.__dataclass_fields__]),
+        "experiments": in_order([row | {"commit": began} for row in rows]),
     }
+
+
+def in_order(rows: list[dict]) -> list[dict]:
+    return sorted(rows, key=lambda row: [row[k] for k in Point.__dataclass_fields__])
+
+
+def join(sweeps: list[dict]) -> dict:
+    """Sweeps of the same profile on the same held-out rows as one. An experiment that several have is the last's.
+
+    Raises SweepError where they are not the same experiment but for the points.
+    """
+    joined = sweeps[0]
+    for sweep in sweeps[1:]:
+        for key in joined.keys() - {"experiments"}:
+            if joined[key] != sweep[key]:
+                raise SweepError(f"the sweeps cannot be joined: {key} is {joined[key]} and {sweep[key]}")
+        rows = {row["name"]: row for row in joined["experiments"] + sweep["experiments"]}
+        joined = joined | {"experiments": in_order(list(rows.values()))}
+    return joined
 
 
 def write(sweep: dict, path: Path) -> None:
@@ -177,27 +212,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     queues = commands.add_parser("queue", help="queue the points that are not there yet")
-    queues.add_argument("groups", nargs="*", choices=["topk", "indexer", "warmup", []], metavar="topk indexer warmup")
+    queues.add_argument("groups", nargs="*", choices=[*GROUPS, []], metavar=" ".join(GROUPS))
     queues.add_argument("--topk", type=int, nargs="+", default=TOPK, help="of the group topk")
     queues.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     reports = commands.add_parser("report", help="write reports/sweep.json, sweep.md and the figures")
-    reports.add_argument("--from", dest="source", type=Path, help="this file instead of dvc exp show")
+    reports.add_argument("--from", dest="sources", type=Path, nargs="+", help="these files instead of dvc exp show")
     reports.add_argument("--rev", default="HEAD", help="the commit that the experiments began at")
     for command in (queues, reports):
         command.add_argument("--profile", default="sweep")
     args = parser.parse_args()
     if args.command == "queue":
-        queue(args.groups or ["topk", "indexer", "warmup"], args.profile, args.topk, args.seeds)
+        queue(args.groups or list(GROUPS), args.profile, args.topk, args.seeds)
         return
     from benchmarks.sweep_report import write_report
 
-    if args.source:
-        sweep = json.loads(args.source.read_text(encoding="utf-8"))
+    if args.sources:
+        sweep = join([json.loads(source.read_text(encoding="utf-8")) for source in args.sources])
     else:
         sweep = collect(args.profile, args.rev)
         if not sweep["experiments"]:
             raise SweepError(f"no experiment of the profile {args.profile} began at {args.rev}; --rev names another")
-        write(sweep, OUT)
+    write(sweep, OUT)
     write_report(sweep, OUT.parent)
 
 

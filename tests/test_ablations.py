@@ -150,7 +150,7 @@ def test_layers_share_a_selection_and_its_loss(dense_model, ids):
 
 def test_each_kv_head_selects_for_itself(dense_model, ids):
     model = build(dense_model, "per_kv_head")
-    index, q, k, visible, indices = watch(model, ids)[0]
+    index, q, k, _, indices = watch(model, ids)[0]
     assert indices.shape == (2 * 2, 40, 6) and q.shape == (4, 3, 40, 16) and k.shape == (4, 1, 40, 16)
     assert not torch.equal(indices[0], indices[1])
     plain = watch(build(dense_model, "none"), ids)[0][0]
