@@ -160,6 +160,9 @@ def read_experiment(experiment: dict, profile: str) -> dict | None:
 
 def collect(profile: str, commit: str = "HEAD") -> dict:
     """The sweep's experiments: `dvc exp show --json`, and each row's sums from the experiment's commit."""
+    scale = ["params.yaml", f"profiles/{profile}.yaml"]
+    if subprocess.run(["git", "diff", "--quiet", commit, "--", *scale]).returncode:
+        raise SweepError(f"{' or '.join(scale)} differ from those of {commit}: check that commit out first")
     p = params.load(profile=profile)
     rows = [row for row in (read_experiment(e, profile) for e in shown(commit)) if row]
     began = output_of(["git", "rev-parse", "--short", commit]).strip()

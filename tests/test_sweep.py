@@ -219,8 +219,24 @@ def test_other_held_out_rows_are_refused(monkeypatch):
     monkeypatch.chdir(ROOT)
     rows = [{"rows": {"tokens": [n], "lookups": [0]}} for n in (1, 2)]
     monkeypatch.setattr(sweep, "shown", lambda commit: rows)
+    monkeypatch.setattr(subprocess, "run", lambda command: subprocess.CompletedProcess(command, 0))
+    monkeypatch.setattr(sweep, "output_of", lambda command: "abc")
     monkeypatch.setattr(sweep, "read_experiment", lambda row, profile: row)
     with pytest.raises(SystemExit, match="same held-out rows"):
+        sweep.collect("sweep")
+
+
+def test_params_of_another_commit_are_refused(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for name in ("params.yaml", "profiles/sweep.yaml"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text((ROOT / name).read_text())
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(sweep, "shown", lambda commit: pytest.fail("the params differ"))
+    Path("params.yaml").write_text(Path("params.yaml").read_text().replace("topk: 256", "topk: 128"))
+    with pytest.raises(SystemExit, match="differ from those of HEAD"):
         sweep.collect("sweep")
 
 
