@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from benchmarks.sweep import SCARCE_TOPK, Point, plan
+from benchmarks.sweep_points import SCARCE_TOPK, Point, plan
 from stages.figures import COLORS, plt, save
 from stages.statistics import ratio_with_error
 

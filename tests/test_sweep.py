@@ -14,6 +14,7 @@ import yaml
 from transformers import TrainingArguments
 
 from benchmarks import sweep
+from benchmarks.sweep_points import SCARCE_TOPK
 from benchmarks.sweep_report import ABLATIONS, Sweep, estimate, indexer_cost, pareto, verdicts, write_report
 from dsa import ablations, from_dense
 from dsa.data import Collator
@@ -164,7 +165,7 @@ def test_the_plan_covers_the_question_and_its_commands_set_existing_params(monke
     assert len({(p.n_heads, p.head_dim) for p in plan["indexer"]}) >= 4
     assert {p.ablation for p in plan["ablation"]} == set(ablations.NAMES) == set(ABLATIONS)
     for group in plan.values():  # each has what its points are compared with
-        assert {replace(base, topk=p.topk, seed=p.seed) for p in group if p.topk in sweep.SCARCE_TOPK} <= set(group)
+        assert {replace(base, topk=p.topk, seed=p.seed) for p in group if p.topk in SCARCE_TOPK} <= set(group)
     files = {name: yaml.safe_load(Path(name).read_text()) for name in ("params.yaml", "profiles/sweep.yaml")}
     for group in plan.values():
         for point in group:
