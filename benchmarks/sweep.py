@@ -1,31 +1,28 @@
-"""Sweeps over top-k, indexer size, warm-up length and seed as DVC experiments.
+"""Sweeps over top-k, indexer size, warm-up length, ablation and seed as DVC experiments.
 
-    python -m benchmarks.sweep queue [topk] [indexer] [warmup]    # dvc exp run --queue, once a point
-    dvc exp run --run-all                                         # one after the other; or dvc queue start
-    python -m benchmarks.sweep report                             # dvc exp show --json to reports/sweep.{json,md}
-    python -m benchmarks.sweep report --from reports/sweep.json   # the page again, without the experiments
+    python -m benchmarks.sweep queue [topk] [indexer] [warmup] [ablation]    # dvc exp run --queue, once a point
+    dvc exp run --run-all                                      # one after the other; or dvc queue start
+    python -m benchmarks.sweep report                          # dvc exp show --json to reports/sweep.{json,md}
+    python -m benchmarks.sweep report --from FILE [FILE ...]   # the page of such files, without the experiments
 
 A point runs the stage `compare` and what it needs. `queue` leaves out points that are there or wait already, so a sweep
-that was cut short goes on. Experiments are git refs that no clone has: the JSON file is what is committed.
+that was cut short goes on. Experiments are git refs that no clone has: the JSON file is what is committed. Sweeps of
+several commits or machines are joined by `report --from`; each experiment keeps the commit that it began at.
 """
 
 import argparse
 import json
 import re
 import subprocess
-from dataclasses import asdict, dataclass
-from itertools import product
+from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks.sweep_points import GROUPS, SEEDS, TOPK, Point, base_point, plan
+from benchmarks.sweep_report import write_report
 from stages import params
 from stages.common import device_name
 
 OUT = Path("reports/sweep.json")
-TOPK = (32, 64, 128, 256, 512, 1024)
-INDEXERS = ((1, 16), (1, 64), (4, 16), (4, 64), (8, 128))  # heads x size; 1 x 64 and 4 x 16 cost the same to score
-INDEXER_TOPK = (64, 256)  # a bad choice of keys costs more where they are few
-WARMUP = (0, 10, 40, 80)  # steps
-SEEDS = (0, 1, 2)
 METRICS = "reports/compare.json"
 TIMED = {  # stage: where its seconds are
     "dense": "reports/train/dense.json",
@@ -38,51 +35,6 @@ TIMED = {  # stage: where its seconds are
 
 class SweepError(SystemExit):
     """str() is the one line to show."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """What varies from experiment to experiment."""
-
-    topk: int
-    n_heads: int
-    head_dim: int
-    warmup_steps: int
-    seed: int
-
-    def name(self, profile: str) -> str:
-        return f"{profile}-k{self.topk}-i{self.n_heads}x{self.head_dim}-w{self.warmup_steps}-s{self.seed}"
-
-    def settings(self, profile: str) -> list[str]:
-        """The values of `dvc exp run -S`."""
-        return [
-            f"profile={profile}",
-            f"seed={self.seed}",
-            f"topk={self.topk}",
-            f"indexer.n_heads={self.n_heads}",
-            f"indexer.head_dim={self.head_dim}",
-            f"profiles/{profile}.yaml:warmup.steps={self.warmup_steps}",
-        ]
-
-    def command(self, profile: str) -> list[str]:
-        settings = [part for setting in self.settings(profile) for part in ("-S", setting)]
-        return ["dvc", "exp", "run", "--queue", "-n", self.name(profile), *settings, "compare"]
-
-
-def base_point(profile: str) -> Point:
-    """The default of every knob: what a group of points leaves as it is."""
-    p = params.load(profile=profile)
-    return Point(p.topk, p.indexer.n_heads, p.indexer.head_dim, p.warmup.steps, p.seed)
-
-
-def plan(base: Point, topk=TOPK, seeds=SEEDS) -> dict[str, list[Point]]:
-    """The points of each group, seed by seed. A point may be in several groups; it is one experiment."""
-    size = (base.n_heads, base.head_dim)
-    return {
-        "topk": [Point(k, *size, base.warmup_steps, s) for s, k in product(seeds, topk)],
-        "indexer": [Point(k, *i, base.warmup_steps, s) for s, i, k in product(seeds, INDEXERS, INDEXER_TOPK)],
-        "warmup": [Point(base.topk, *size, steps, s) for s, steps in product(seeds, WARMUP)],
-    }
 
 
 def output_of(command: list[str]) -> str:
@@ -130,7 +82,13 @@ def read_experiment(experiment: dict, profile: str) -> dict | None:
     scale = data["params"].get(f"profiles/{profile}.yaml", {}).get("data")
     if knobs["profile"] != profile or not scale or METRICS not in data["metrics"]:
         return None
-    point = Point(knobs["topk"], **knobs["indexer"], warmup_steps=scale["warmup"]["steps"], seed=knobs["seed"])
+    point = Point(
+        knobs["topk"],
+        **knobs["indexer"],
+        warmup_steps=scale["warmup"]["steps"],
+        seed=knobs["seed"],
+        ablation=knobs.get("ablation", "none"),
+    )
     if experiment["name"] != point.name(profile):
         return None
     row = {"name": experiment["name"], **asdict(point), "metrics": data["metrics"][METRICS]["data"]}
@@ -144,8 +102,12 @@ def read_experiment(experiment: dict, profile: str) -> dict | None:
 
 def collect(profile: str, commit: str = "HEAD") -> dict:
     """The sweep's experiments: `dvc exp show --json`, and each row's sums from the experiment's commit."""
+    scale = ["params.yaml", f"profiles/{profile}.yaml"]
+    if subprocess.run(["git", "diff", "--quiet", commit, "--", *scale]).returncode:
+        raise SweepError(f"{' or '.join(scale)} differ from those of {commit}: check that commit out first")
     p = params.load(profile=profile)
     rows = [row for row in (read_experiment(e, profile) for e in shown(commit)) if row]
+    began = output_of(["git", "rev-parse", "--short", commit]).strip()
     common = {}
     for name in ("tokens", "lookups"):
         found = {tuple(row["rows"].pop(name)) for row in rows}
@@ -159,10 +121,28 @@ def collect(profile: str, commit: str = "HEAD") -> dict:
         "hidden_size": json.loads(Path("models/base/config.json").read_text(encoding="utf-8"))["hidden_size"],
         "training": {"steps": p.sparse.steps, "warmup_batch": p.warmup.batch_size, "batch": p.sparse.batch_size},
         "device": device_name(),
-        "commit": output_of(["git", "rev-parse", "--short", commit]).strip(),
         "rows": common,
-        "experiments": sorted(rows, key=lambda row: [row[k] for k in Point.__dataclass_fields__]),
+        "experiments": in_order([row | {"commit": began} for row in rows]),
     }
+
+
+def in_order(rows: list[dict]) -> list[dict]:
+    return sorted(rows, key=lambda row: [row[k] for k in Point.__dataclass_fields__])
+
+
+def join(sweeps: list[dict]) -> dict:
+    """Sweeps of the same profile on the same held-out rows as one. An experiment that several have is the last's.
+
+    Raises SweepError where they are not the same experiment but for the points.
+    """
+    joined = sweeps[0]
+    for sweep in sweeps[1:]:
+        for key in joined.keys() - {"experiments"}:
+            if joined[key] != sweep[key]:
+                raise SweepError(f"the sweeps cannot be joined: {key} is {joined[key]} and {sweep[key]}")
+        rows = {row["name"]: row for row in joined["experiments"] + sweep["experiments"]}
+        joined = joined | {"experiments": in_order(list(rows.values()))}
+    return joined
 
 
 def write(sweep: dict, path: Path) -> None:
@@ -177,27 +157,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     queues = commands.add_parser("queue", help="queue the points that are not there yet")
-    queues.add_argument("groups", nargs="*", choices=["topk", "indexer", "warmup", []], metavar="topk indexer warmup")
+    queues.add_argument("groups", nargs="*", choices=[*GROUPS, []], metavar=" ".join(GROUPS))
     queues.add_argument("--topk", type=int, nargs="+", default=TOPK, help="of the group topk")
     queues.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     reports = commands.add_parser("report", help="write reports/sweep.json, sweep.md and the figures")
-    reports.add_argument("--from", dest="source", type=Path, help="this file instead of dvc exp show")
+    reports.add_argument("--from", dest="sources", type=Path, nargs="+", help="these files instead of dvc exp show")
     reports.add_argument("--rev", default="HEAD", help="the commit that the experiments began at")
     for command in (queues, reports):
         command.add_argument("--profile", default="sweep")
     args = parser.parse_args()
     if args.command == "queue":
-        queue(args.groups or ["topk", "indexer", "warmup"], args.profile, args.topk, args.seeds)
+        queue(args.groups or list(GROUPS), args.profile, args.topk, args.seeds)
         return
-    from benchmarks.sweep_report import write_report
-
-    if args.source:
-        sweep = json.loads(args.source.read_text(encoding="utf-8"))
+    if args.sources:
+        sweep = join([json.loads(source.read_text(encoding="utf-8")) for source in args.sources])
     else:
         sweep = collect(args.profile, args.rev)
         if not sweep["experiments"]:
             raise SweepError(f"no experiment of the profile {args.profile} began at {args.rev}; --rev names another")
-        write(sweep, OUT)
+    write(sweep, OUT)
     write_report(sweep, OUT.parent)
 
 

@@ -13,12 +13,26 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from benchmarks.sweep import Point, plan
+from benchmarks.sweep_points import SCARCE_TOPK, Point, plan
 from stages.figures import COLORS, plt, save
 from stages.statistics import ratio_with_error
 
 TOLERANCE = 0.01  # nats a token, one per cent of perplexity: the smallest loss that matters
 NORMAL = 1.96
+ABLATIONS = {  # what each does; the names are those of dsa/ablations.py
+    "none": "the paper's indexer",
+    "no_relu": "no ReLU: scores are linear in the key",
+    "no_key_norm": "no LayerNorm on the index key",
+    "rope_none": "no RoPE in the indexer",
+    "rope_all": "RoPE on the whole index head, not on half of it",
+    "attached": "the indexer's input not detached: its KL trains the backbone too",
+    "no_kl": "no KL in the sparse stage: the indexer stays as the warm-up left it",
+    "dense_first": "the first layer dense",
+    "dense_ends": "the first and the last layer dense",
+    "shared_2": "one selection for two neighbouring layers",
+    "shared_4": "one selection for four neighbouring layers",
+    "per_kv_head": "a selection for each key-value head, by its share of the index heads",
+}
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # 97.5 %
 
 
@@ -84,7 +98,7 @@ class Sweep:
 
     @staticmethod
     def key(point: Point) -> tuple:
-        return point.topk, point.n_heads, point.head_dim, point.warmup_steps
+        return point.topk, point.n_heads, point.head_dim, point.warmup_steps, point.ablation
 
     def rows(self, point: Point) -> dict[int, dict]:
         """{seed: experiment}."""
@@ -132,19 +146,25 @@ class Sweep:
             "warmup_seconds": self.seconds("warmup", point),
         }
 
-    def table(self, group: str, knobs: Callable[[Point], tuple], reference: Callable[[Point], Point]) -> list[dict]:
-        """The points of a group that ran, in the order of its knobs, each beside its reference."""
-        return [self.line(point, reference(point)) for point in sorted(self.varied(group), key=knobs)]
+    def table(self, group: str, knob: Callable[[Point], tuple], topk: int | None = None) -> list[dict]:
+        """The points of a group that ran, in the order of its knob, each beside the base at its own k.
 
-    def varied(self, group: str) -> list[Point]:
-        """What ran and differs from the base in nothing but what the group varies; the seed is of no meaning."""
-        fixed = {"topk": (1, 2, 3), "indexer": (3,), "warmup": (0, 1, 2)}[group]
+        topk: the group's; of the group topk, whose knob it is, the reference has the base's.
+        """
+        reference = replace(self.base, topk=topk or self.base.topk)
+        return [self.line(point, reference) for point in sorted(self.varied(group, topk), key=knob)]
+
+    def varied(self, group: str, topk: int | None) -> list[Point]:
+        """What ran and differs from the base in nothing but k and what the group varies; the seed is of no meaning."""
+        fixed = {"topk": (1, 2, 3, 4), "indexer": (3, 4), "warmup": (1, 2, 4), "ablation": (1, 2, 3)}[group]
         base = self.key(self.base)
-        ran = [key for key in self.points if all(key[i] == base[i] for i in fixed)]
-        if group == "indexer":  # at the k of the plan
-            wanted = {point.topk for point in plan(self.base)["indexer"]}
-            ran = [key for key in ran if key[0] in wanted]
-        return [Point(*key, seed=self.base.seed) for key in ran]
+        ran = [key for key in self.points if all(key[i] == base[i] for i in fixed) and topk in (key[0], None)]
+        return [Point(*key[:4], seed=self.base.seed, ablation=key[4]) for key in ran]
+
+    def tables(self, group: str, knob: Callable[[Point], tuple]) -> dict[int, list[dict]]:
+        """{k: table} of a group below the first, where more than the base ran."""
+        tables = {topk: self.table(group, knob, topk) for topk in SCARCE_TOPK}
+        return {topk: table for topk, table in tables.items() if len(table) > 1}
 
     def missing(self) -> list[str]:
         """The points of the plan without an experiment."""
@@ -232,19 +252,37 @@ def draw_indexer(tables: dict[int, list[dict]], path: Path) -> None:
     save(figure, path)
 
 
-def draw_warmup(table: list[dict], path: Path) -> None:
+def draw_warmup(tables: dict[int, list[dict]], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4))
-    steps = [line["point"].warmup_steps for line in table]
-    gap = [line["gap"] for line in table]
-    axes[0].errorbar(steps, [e.mean for e in gap], [e.error for e in gap], color=COLORS["dsa"], marker="o")
+    for (topk, table), color in zip(tables.items(), ("dsa", "window_trained", "oracle", "warmup"), strict=False):
+        steps = [line["point"].warmup_steps for line in table]
+        gap = [line["gap"] for line in table]
+        style = {"color": COLORS[color], "marker": "o", "label": f"k = {topk}"}
+        axes[0].errorbar(steps, [e.mean for e in gap], [e.error for e in gap], **style)
+        mass = np.array([line["mass"] for line in table])
+        axes[1].errorbar(steps, mass[:, 0], mass[:, 1], **style)
     axes[0].axhline(0, color=COLORS["dense"], linewidth=1)
     axes[0].set_ylabel("answer loss minus dense (nats a token)")
-    mass = np.array([line["mass"] for line in table])
-    axes[1].errorbar(steps, mass[:, 0], mass[:, 1], color=COLORS["warmup"], marker="o")
     axes[1].set_ylabel("mass@k after sparse training")
     for axis in axes:
         axis.set_xlabel("steps of dense warm-up")
+        axis.legend()
     figure.suptitle("What the warm-up is worth (bars: ± one standard error)")
+    save(figure, path)
+
+
+def draw_ablation(tables: dict[int, list[dict]], path: Path) -> None:
+    figure, axes = plt.subplots(1, len(tables), figsize=(10 * len(tables), 4.5), squeeze=False)
+    for axis, (topk, table) in zip(axes[0], tables.items(), strict=True):
+        lines = [line for line in table if line["change"]][::-1]
+        for y, line in enumerate(lines):
+            x = line["change"]
+            axis.errorbar(x.mean, y, xerr=[[x.mean - x.low], [x.high - x.mean]], color=COLORS["dsa"], marker="o")
+        axis.set_yticks(range(len(lines)), [ABLATIONS[line["point"].ablation] for line in lines], fontsize=8)
+        axis.axvline(0, color=COLORS["dense"], linewidth=1)
+        axis.axvline(TOLERANCE, color="#999999", linestyle=":")
+        axis.set_xlabel(f"answer loss minus that of the paper's indexer (nats a token), k = {topk}")
+    figure.suptitle("Ablations of the indexer (bars: 95 % intervals; to the left is better)")
     save(figure, path)
 
 
@@ -261,24 +299,19 @@ def write_report(sweep: dict, folder: Path) -> None:
     """sweep.md and sweep/*.png in a folder. What was not run is said, and left out."""
     s = Sweep(sweep)
     base = s.base
-    topk = s.table("topk", lambda p: (p.topk,), lambda p: base)
-    warmup = s.table("warmup", lambda p: (p.warmup_steps,), lambda p: base)
-    sizes = s.table(
-        "indexer",
-        lambda p: (p.topk, p.n_heads * p.head_dim, p.head_dim),
-        lambda p: replace(base, topk=p.topk),
-    )
-    indexer: dict[int, list[dict]] = {}
-    for line in sizes:
-        indexer.setdefault(line["point"].topk, []).append(line)
-    indexer = {k: table for k, table in indexer.items() if len(table) > 1}
-    for draw, table, name in (
-        (lambda t, path: draw_topk(t, base, path), topk, "topk"),
+    topk = s.table("topk", lambda p: (p.topk,))
+    indexer = s.tables("indexer", lambda p: (p.n_heads * p.head_dim, p.head_dim))
+    warmup = s.tables("warmup", lambda p: (p.warmup_steps,))
+    ablation = s.tables("ablation", lambda p: (list(ABLATIONS).index(p.ablation),))
+    if len(topk) > 1:
+        draw_topk(topk, base, folder / "sweep/topk.png")
+    for draw, tables, name in (
         (draw_indexer, indexer, "indexer"),
         (draw_warmup, warmup, "warmup"),
+        (draw_ablation, ablation, "ablation"),
     ):
-        if len(table) > (name != "indexer"):
-            draw(table, folder / f"sweep/{name}.png")
+        if tables:
+            draw(tables, folder / f"sweep/{name}.png")
     ran = [row for row in sweep["experiments"] if row["ran"] is not None]
     context = {
         "sweep": sweep,
@@ -292,7 +325,10 @@ def write_report(sweep: dict, folder: Path) -> None:
             k: {cost: [line["size"] for line in pareto(table, cost)] for cost in ("flops", "bytes")}
             for k, table in indexer.items()
         },
-        "warmup": warmup if len(warmup) > 1 else [],
+        "warmup": warmup,
+        "ablation": ablation,
+        "what": ABLATIONS,
+        "commits": sorted({row["commit"] for row in sweep["experiments"]}),
         "tolerance": TOLERANCE,
         "missing": s.missing(),
         "planned": len({point for group in plan(base).values() for point in group}),

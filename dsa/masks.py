@@ -4,7 +4,7 @@ Letters, here and below: B batch, T query positions, S key positions, H heads, D
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -50,6 +50,12 @@ class Visibility:
     def causal_only(self) -> bool:
         """Whether nothing but causality hides a key."""
         return self.explicit is None and self.key_mask is None and self.documents is None
+
+    def repeat(self, times: int) -> "Visibility":
+        """Of a batch in which each row comes so many times, one after the other."""
+        masks = {name: getattr(self, name) for name in ("key_mask", "documents", "explicit")}
+        rows = {name: m.repeat_interleave(times, dim=0) for name, m in masks.items() if m is not None}
+        return replace(self, **rows)
 
     def slabs(self, batch: int, heads: int) -> Iterator[Slab]:
         """Slabs that cover all queries, few enough rows each that [batch, heads, rows, keys] stays small."""

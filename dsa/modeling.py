@@ -57,12 +57,26 @@ class IndexerLoss:
         self.kl.append(indexer_kl(*index, q, k, layer.scaling, visible, indices))
 
 
+def split_kv_heads(index: Index, q, k, v, visible: Visibility) -> tuple:
+    """The key-value heads as rows of the batch, B * Hkv of them, each with its query heads and its index heads."""
+    index_q, index_k, weights = index
+    (B, Hkv, S, D), T = k.shape, q.shape[2]
+    index_q = index_q.reshape(B, T, Hkv, -1, index_q.shape[-1]).transpose(1, 2).flatten(0, 1)
+    weights = weights.reshape(B, T, Hkv, -1).transpose(1, 2).flatten(0, 1)
+    index = index_q, index_k.repeat_interleave(Hkv, dim=0), weights
+    q = q.reshape(B * Hkv, -1, T, D)
+    return index, q, k.reshape(B * Hkv, 1, S, D), v.reshape(B * Hkv, 1, S, D), visible.repeat(Hkv)
+
+
 class Qwen2DSAAttention(Qwen2Attention):
     """Grouped-query attention over all earlier tokens (dense mode) or over the selected ones (sparse mode)."""
 
     def __init__(self, config: Qwen2DSAConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.indexer = LightningIndexer(config, layer_idx) if config.index_n_heads else None
+        self.leader = layer_idx - layer_idx % config.index_share  # whose selection this layer uses
+        self.dense = layer_idx in config.index_dense_layers
+        indexed = config.index_n_heads and self.leader == layer_idx and not self.dense
+        self.indexer = LightningIndexer(config, layer_idx) if indexed else None
 
     def forward(
         self,
@@ -72,10 +86,11 @@ class Qwen2DSAAttention(Qwen2Attention):
         past_key_values: Cache | None = None,
         position_ids: torch.Tensor | None = None,
         observer: AttentionObserver | None = None,
+        shared: dict[int, tuple[Index, torch.Tensor | None]] | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         visible = attention_mask
-        sparse = self.config.attention_mode == "sparse"
+        sparse = self.config.attention_mode == "sparse" and not self.dense
         B, T, _ = hidden_states.shape
         q = self.q_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
         k = self.k_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
@@ -84,20 +99,29 @@ class Qwen2DSAAttention(Qwen2Attention):
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
 
-        index = indices = None
-        if self.indexer is not None and self.config.selector == "indexer" and (sparse or observer):
-            index = self.indexer(hidden_states, position_ids, past_key_values)
-        if sparse:
-            q, k = q.to(v.dtype), k.to(v.dtype)  # RoPE leaves float32 under autocast
-            indices = self.select(index, q, k, visible)
-            out = sparse_attention(q, k, v, indices, self.scaling).transpose(1, 2)
-            weights = None
-        else:
+        index = indices = weights = None
+        if self.config.index_n_heads and self.config.selector == "indexer" and (sparse or observer) and not self.dense:
+            if self.indexer is not None:
+                index = self.indexer(hidden_states, position_ids, past_key_values)
+            else:
+                index, indices = shared[self.leader]
+        if not sparse:
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
             dropout = self.attention_dropout if self.training else 0.0
             out, weights = attend(self, q, k, v, visible.dense_mask, dropout=dropout, scaling=self.scaling, **kwargs)
-        if observer is not None:
-            observer.observe(self, index, q, k, visible, indices)
+        if index is not None and self.config.index_per_kv_head:
+            index_of_heads, q, k, v, visible = split_kv_heads(index, q, k, v, visible)
+        else:
+            index_of_heads = index
+        if sparse:
+            q, k = q.to(v.dtype), k.to(v.dtype)  # RoPE leaves float32 under autocast
+            if indices is None:
+                indices = self.select(index_of_heads, q, k, visible)
+            out = sparse_attention(q, k, v, indices, self.scaling).reshape(B, -1, T, self.head_dim).transpose(1, 2)
+        if shared is not None and self.indexer is not None:
+            shared[self.layer_idx] = index, indices
+        if observer is not None and not self.dense:
+            observer.observe(self, index_of_heads, q, k, visible, indices)
         return self.o_proj(out.reshape(B, T, -1).contiguous()), weights
 
     @torch.no_grad()
@@ -186,6 +210,7 @@ class Qwen2DSAModel(Qwen2DSAPreTrainedModel, Qwen2Model):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            shared={},
             **kwargs,
         )
 
@@ -208,7 +233,7 @@ class Qwen2DSAModel(Qwen2DSAPreTrainedModel, Qwen2Model):
             starts = torch.nn.functional.pad(packed.diff(dim=-1) != 1, (1, 0))
             if starts.any():
                 documents = starts.cumsum(-1)
-        if self.config.attention_mode == "dense":
+        if self.config.attention_mode == "dense" or self.config.index_dense_layers:
             dense_mask = create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,

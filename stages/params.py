@@ -20,6 +20,21 @@ Sources = Annotated[
     list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value), Field(min_length=1)
 ]
 
+Ablation = Literal[  # dsa/ablations.py, which takes seconds to import
+    "none",
+    "no_relu",
+    "no_key_norm",
+    "rope_none",
+    "rope_all",
+    "attached",
+    "no_kl",
+    "dense_first",
+    "dense_ends",
+    "shared_2",
+    "shared_4",
+    "per_kv_head",
+]
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -137,6 +152,7 @@ class Params(Section):
     seed: Natural
     topk: Positive
     indexer: Indexer
+    ablation: Ablation = "none"
     model: Model
     pretrain: Pretrain | None = None
     data: Data

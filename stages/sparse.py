@@ -13,7 +13,7 @@ def main() -> None:
     p = params.load("sparse")
     warm = Path("models/warmup")
     model = Qwen2DSAForCausalLM.from_pretrained(warm, dtype="float32", attention_mode="sparse", index_topk=p.topk)
-    freeze(model, backbone=False, indexer=False)
+    freeze(model, backbone=False, indexer=p.ablation == "no_kl")
     train(
         "sparse",
         model,

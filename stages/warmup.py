@@ -5,7 +5,7 @@ It does not depend on top-k: a sweep over k reuses it.
 
 from pathlib import Path
 
-from dsa import from_dense
+from dsa import ablations, from_dense
 from dsa.training import freeze
 from stages import params
 from stages.training import train
@@ -21,6 +21,7 @@ def main() -> None:
         head_dim=p.indexer.head_dim,
         seed=p.seed,
         attention_mode="dense",
+        **ablations.fields(p.ablation, p.indexer.head_dim),
         dtype="float32",
     )
     freeze(model, backbone=True, indexer=False)

@@ -14,8 +14,9 @@ import yaml
 from transformers import TrainingArguments
 
 from benchmarks import sweep
-from benchmarks.sweep_report import Sweep, estimate, indexer_cost, pareto, verdicts, write_report
-from dsa import from_dense
+from benchmarks.sweep_points import SCARCE_TOPK
+from benchmarks.sweep_report import ABLATIONS, Sweep, estimate, indexer_cost, pareto, verdicts, write_report
+from dsa import ablations, from_dense
 from dsa.data import Collator
 from dsa.training import DSATrainer, Rows, freeze
 from stages import compare, params, training
@@ -31,6 +32,7 @@ def experiment(point, gap, share_gap=(0.0, 0.5), mass=0.9):
         **point.__dict__,
         "metrics": {"gap_beyond_k": 0.1, "share": 0.5, "mass": mass, "oracle_mass": 0.95},
         "seconds": {"warmup": 60.0, "sparse": 80.0},
+        "commit": "abc",
         "ran": ["sparse", "compare"],
         "reused": ["dense", "warmup", "filter"],
         "rows": {"gap": list(gap), "share_gap": list(share_gap)},
@@ -45,7 +47,6 @@ def made(*experiments):
         "hidden_size": 192,
         "training": {"steps": 24, "warmup_batch": 4, "batch": 4},
         "device": "a machine",
-        "commit": "abc",
         "rows": {"tokens": [10, 30], "lookups": [0, 2]},
         "experiments": list(experiments),
     }
@@ -110,23 +111,42 @@ def test_cost_of_the_indexer_by_hand():
 def test_the_page_has_the_numbers_and_says_what_is_missing(tmp_path):
     rows = [experiment(replace(BASE, seed=s), (1.0 + 2 * s, 3.0 + 2 * s)) for s in (0, 1)]
     rows += [experiment(replace(BASE, topk=32, seed=s), (4.0, 12.0), mass=0.7) for s in (0, 1)]
-    rows += [experiment(replace(BASE, n_heads=1, head_dim=16), (1.0, 3.0))]
+    rows += [experiment(replace(BASE, topk=64), (1.0, 3.0))]
+    rows += [experiment(replace(BASE, topk=64, n_heads=1, head_dim=16), (1.0, 3.0))]
+    rows += [experiment(replace(BASE, topk=64, ablation="no_relu"), (2.0, 6.0)) | {"commit": "def"}]
     write_report(made(*rows), tmp_path)
     text = (tmp_path / "sweep.md").read_text()
     assert "| 256 | 1/8 | +0.1500 ± 0.0500 |" in text
     assert "| 32 | 1/64 | +0.4000 ± 0.0000 | [+0.4000, +0.4000]" in text
-    assert "not excluded: k = 32 (+0.4000 [+0.4000, +0.4000])." in text
+    assert "not excluded: k = 32 (+0.4000 [+0.4000, +0.4000]), k = 64 (" in text
     assert "by the whole interval: none." in text
     assert "1 × 16" in text and "Fewer than two lengths of warm-up were run" in text
-    assert "5 experiments of 51 planned" in text and "Missing: 46 planned points" in text
-    assert "10 stages ran and 15 were reused (runs: sparse 5, compare 5)" in text
-    assert {p.name for p in (tmp_path / "sweep").iterdir()} == {"topk.png", "indexer.png"}
+    planned = len({point for group in sweep.plan(BASE).values() for point in group})
+    assert f"7 experiments of {planned} planned" in text and f"Missing: {planned - 7} planned points" in text
+    assert "14 stages ran and 21 were reused (runs: sparse 7, compare 7)" in text
+    assert "no_relu: the loss is worse than the paper's (+0.1000 [+0.1000, +0.1000])" in text
+    assert "commits abc, def" in text
+    assert {p.name for p in (tmp_path / "sweep").iterdir()} == {"topk.png", "indexer.png", "ablation.png"}
 
 
 def test_a_page_without_experiments(tmp_path):
     write_report(made(), tmp_path)
-    assert (tmp_path / "sweep.md").read_text().count("Fewer than two") == 3
+    text = (tmp_path / "sweep.md").read_text()
+    assert text.count("Fewer than two") == 3 and "No ablation was run" in text
     assert not (tmp_path / "sweep").exists()
+
+
+def test_sweeps_are_joined_where_they_are_the_same_experiment():
+    first = made(experiment(BASE, (1.0, 3.0)), experiment(replace(BASE, topk=32), (1.0, 3.0)))
+    again = experiment(BASE, (2.0, 3.0)) | {"commit": "def"}
+    joined = sweep.join([first, made(again, experiment(replace(BASE, seed=1), (1.0, 3.0)))])
+    assert [(x["topk"], x["seed"], x["commit"]) for x in joined["experiments"]] == [
+        (32, 0, "abc"),
+        (256, 0, "def"),
+        (256, 1, "abc"),
+    ]
+    with pytest.raises(SystemExit, match="cannot be joined: rows"):
+        sweep.join([first, made() | {"rows": {"tokens": [10, 31], "lookups": [0, 2]}}])
 
 
 def test_the_file_holds_what_was_written(tmp_path):
@@ -143,7 +163,9 @@ def test_the_plan_covers_the_question_and_its_commands_set_existing_params(monke
     plan = sweep.plan(base)
     assert len({p.topk for p in plan["topk"]}) >= 6 and len({p.seed for p in plan["topk"]}) >= 3
     assert len({(p.n_heads, p.head_dim) for p in plan["indexer"]}) >= 4
-    assert all(any(p.topk == base.topk == q.topk for p in group) for group in plan.values() for q in plan["warmup"])
+    assert {p.ablation for p in plan["ablation"]} == set(ablations.NAMES) == set(ABLATIONS)
+    for group in plan.values():  # each has what its points are compared with
+        assert {replace(base, topk=p.topk, seed=p.seed) for p in group if p.topk in SCARCE_TOPK} <= set(group)
     files = {name: yaml.safe_load(Path(name).read_text()) for name in ("params.yaml", "profiles/sweep.yaml")}
     for group in plan.values():
         for point in group:
@@ -198,9 +220,31 @@ def test_other_held_out_rows_are_refused(monkeypatch):
     monkeypatch.chdir(ROOT)
     rows = [{"rows": {"tokens": [n], "lookups": [0]}} for n in (1, 2)]
     monkeypatch.setattr(sweep, "shown", lambda commit: rows)
+    monkeypatch.setattr(subprocess, "run", lambda command: subprocess.CompletedProcess(command, 0))
+    monkeypatch.setattr(sweep, "output_of", lambda command: "abc")
     monkeypatch.setattr(sweep, "read_experiment", lambda row, profile: row)
     with pytest.raises(SystemExit, match="same held-out rows"):
         sweep.collect("sweep")
+
+
+def test_params_of_another_commit_are_refused(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for name in ("params.yaml", "profiles/sweep.yaml"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text((ROOT / name).read_text())
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(sweep, "shown", lambda commit: pytest.fail("the params differ"))
+    Path("params.yaml").write_text(Path("params.yaml").read_text().replace("topk: 256", "topk: 128"))
+    with pytest.raises(SystemExit, match="differ from those of HEAD"):
+        sweep.collect("sweep")
+
+
+def test_an_ablation_has_its_own_name_and_setting():
+    point = replace(BASE, ablation="no_relu")
+    assert point.name("sweep") == BASE.name("sweep") + "-no-relu"
+    assert set(point.settings("sweep")) - set(BASE.settings("sweep")) == {"ablation=no_relu"}
 
 
 def test_compare_writes_the_gap_and_its_row_sums(monkeypatch, tmp_path):
