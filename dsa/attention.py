@@ -2,7 +2,8 @@
 
 The reference gathers the selected keys of every query; it is slow and obviously right. The `gather` backend needs no
 kernel: a slab of neighbouring queries selects overlapping keys, so it runs plain attention of the slab over the union
-of its keys, masked by membership. The `triton` backend (dsa/kernels) is the one for CUDA.
+of its keys, masked by membership. Where a long context leaves little overlap, and no gradient is wanted, each query
+gathers its own keys instead. The `triton` backend (dsa/kernels) is the one for CUDA.
 """
 
 import logging
@@ -19,6 +20,10 @@ logger = logging.getLogger(__name__)
 BACKENDS = ("reference", "gather", "triton")
 UNION_SHARE = 0.7  # with more of the prefix in the union, slicing the prefix is cheaper than gathering from it
 GATHER_ROWS = 256  # queries a slab
+# A union of more keys than both costs a CPU more than each query's own keys do (benchmarks/prefill.py). The second
+# bound leaves every row of up to so many tokens with the union.
+OWN_UNION, OWN_LENGTH = 4, 4096  # times K; keys
+OWN_ROWS = 4  # queries whose own keys are gathered at once
 
 
 def sparse_attention(
@@ -111,12 +116,38 @@ def decode_attention(
             continue
         k_sel, v_sel = k[b], v[b]
         if len(at) < S:  # a head at a time: on a CPU several times faster than from both at once
-            k_sel, v_sel = (x.new_empty(Hkv, len(at), D) for x in (k, v))
+            k_sel, v_sel = k.new_empty(Hkv, len(at), D), v.new_empty(Hkv, len(at), D)
             for h in range(Hkv):
                 torch.index_select(k[b, h], 0, at, out=k_sel[h])
                 torch.index_select(v[b, h], 0, at, out=v_sel[h])
         logits = (q[b].view(Hkv, -1, D) * scaling) @ k_sel.transpose(1, 2)  # (Hkv, Hq / Hkv, K)
-        out[b] = (logits.float().softmax(-1).to(v.dtype) @ v_sel).view(Hq, 1, D)
+        out[b] = (logits.softmax(-1, dtype=torch.float32).to(v.dtype) @ v_sel).view(Hq, 1, D)
+    return out
+
+
+def own_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Some queries of a row, each over its own K gathered keys: q [Hq, T, D], k and v [Hkv, S, D], indices [T, K] ->
+    [Hq, T, D]. No gradient. A few queries and one head of k and v at a time, which a cache can hold."""
+    T, D = q.shape[1:]
+    Hkv, K = k.shape[0], indices.shape[1]
+    out = q.new_empty(q.shape)
+    grouped, result = q.unflatten(0, (Hkv, -1)), out.view(Hkv, -1, T, D)
+    for start in range(0, T, OWN_ROWS):
+        queries = slice(start, start + OWN_ROWS)
+        at = indices[queries]
+        absent = at < 0 if at.amin() < 0 else None
+        at = at.clamp(min=0).view(-1)
+        for h in range(Hkv):
+            k_sel, v_sel = (x[h].index_select(0, at).view(-1, K, D) for x in (k, v))
+            logits = (grouped[h, :, queries].transpose(0, 1) * scaling) @ k_sel.transpose(1, 2)  # (T, Hq / Hkv, K)
+            if absent is not None:
+                logits.masked_fill_(absent[:, None], -torch.inf)
+            p = logits.softmax(-1, dtype=torch.float32).to(v.dtype)
+            if absent is not None:  # a query without any key: softmax over nothing is NaN
+                p.masked_fill_(absent[:, None], 0.0)
+            result[h, :, queries] = (p @ v_sel).transpose(0, 1)
     return out
 
 
@@ -133,8 +164,11 @@ class GatherAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def slabs(q: torch.Tensor, k: torch.Tensor, indices: torch.Tensor):
+    def slabs(q: torch.Tensor, k: torch.Tensor, indices: torch.Tensor, own: bool = False):
         """Yield (batch row, query slice, key selector, bias [1, 1, C, N], some [C, 1]) over the whole batch.
+
+        With `own`, the last three are None where the slab's union is so large that each query had better gather its
+        own keys.
 
         The bias is what SDPA adds to the logits: 0 at a query's keys, else -inf. A query without any key sees
         everything, for a softmax over nothing is NaN, and so would be its gradient: `some` sets it to zero afterwards.
@@ -152,6 +186,9 @@ class GatherAttention(torch.autograd.Function):
                 used = chosen.new_zeros(prefix + 1, dtype=torch.bool)
                 used[at] = True
                 keys, count = used[:prefix].nonzero().squeeze(-1), prefix
+                if own and len(keys) > max(OWN_UNION * chosen.shape[-1], OWN_LENGTH):
+                    yield b, slice(start, start + rows), None, None, None
+                    continue
                 if len(keys) < UNION_SHARE * prefix:
                     count = len(keys)
                     at = (used.cumsum(0) - 1).index_fill_(0, used.new_tensor([prefix], dtype=torch.long), count)[at]
@@ -165,7 +202,11 @@ class GatherAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, indices, scaling):
         out = torch.zeros_like(q)
         lse = q.new_zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-        for b, queries, keys, bias, some in GatherAttention.slabs(q, k, indices):
+        own = q.device.type == "cpu" and not any(ctx.needs_input_grad)
+        for b, queries, keys, bias, some in GatherAttention.slabs(q, k, indices, own):
+            if keys is None:
+                out[b, :, queries] = own_attention(q[b, :, queries], k[b], v[b], indices[b, queries], scaling)
+                continue
             args = q[b, None, :, queries], k[b, None, :, keys], v[b, None, :, keys]
             if q.device.type == "cpu":
                 slab, lse[b, :, queries] = _flash(*args, 0.0, False, attn_mask=bias, scale=scaling)

@@ -36,7 +36,7 @@ def select_topk(scores: torch.Tensor, topk: int, mask: torch.Tensor | None = Non
             masked = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
             rows = [_row_topk(row, k) for row in masked[:, 0]]
             if rows and all(row is not None for row in rows):
-                return torch.stack(rows)[:, None].int()
+                return torch.stack(rows)[:, None]
         if mask is None:
             mask = scores.new_ones((), dtype=torch.bool)
         masked = scores.masked_fill(~mask, -torch.inf)
@@ -52,32 +52,39 @@ def select_topk(scores: torch.Tensor, topk: int, mask: torch.Tensor | None = Non
 
 
 def _row_topk(scores: torch.Tensor, k: int) -> torch.Tensor | None:
-    """`select_topk` of one row, [S] -> int64 [k], for decoding on a CPU; None where fewer than k scores exceed -inf.
+    """`select_topk` of one row, [S] -> int32 [k], for decoding on a CPU; None where fewer than k scores exceed -inf.
 
     The m-th largest of a sample bounds the k-th largest score from below, but for bad luck; the keys above it are few,
     in order, and hold all that tie with the k-th. With bad luck they are fewer than k, and all keys are ranked.
+    NumPy has less to do around so few numbers than PyTorch.
     """
+    scores = scores.numpy()
     expected = k / STRIDE  # of the k best, in the sample
     m = int(expected + 4 * expected**0.5) + 1
     candidates = None
     if 2 * m * STRIDE <= len(scores):
-        bound = scores[::STRIDE].topk(m, sorted=False).values.amin()
-        candidates = (scores >= bound).nonzero().squeeze(-1)
+        bound = _largest(scores[::STRIDE], m)
+        candidates = np.flatnonzero(scores >= bound)
         if len(candidates) < k:
             candidates = None
         else:
             scores = scores[candidates]
-    least = scores.topk(k, sorted=False).values.amin()
-    if not least > -torch.inf:  # or NaN, which torch.topk ranks above everything
+    least = _largest(scores, k)
+    if not least > -np.inf:  # or NaN
         return None
-    chosen = (scores >= least).nonzero().squeeze(-1)
+    chosen = np.flatnonzero(scores >= least)
     surplus = len(chosen) - k
     if surplus:  # of the keys that tie with the last, those with the highest index go
-        tied = (scores[chosen] == least).nonzero().squeeze(-1)
-        kept = torch.ones_like(chosen, dtype=torch.bool)
-        kept[tied[-surplus:]] = False
-        chosen = chosen[kept]
-    return chosen if candidates is None else candidates[chosen]
+        tied = np.flatnonzero(scores[chosen] == least)
+        chosen = np.delete(chosen, tied[-surplus:])
+    if candidates is not None:
+        chosen = candidates[chosen]
+    return torch.from_numpy(chosen.astype(np.int32))
+
+
+def _largest(values: np.ndarray, n: int) -> np.floating:
+    """The n-th largest; NaN if one is among the n, for NaN ranks above everything."""
+    return np.partition(values, len(values) - n)[len(values) - n :].min()
 
 
 def ascending(indices: torch.Tensor) -> torch.Tensor:

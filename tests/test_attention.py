@@ -68,6 +68,41 @@ def test_gather_equals_the_reference_in_outputs_and_gradients(shape, rows, monke
         assert not got[:, :, 2].any() and not got_grads[0][:, :, 2].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 4, 7])
+@pytest.mark.parametrize("shape", [(2, 6, 2, 37, 37, 16, 5), (1, 14, 2, 70, 70, 64, 16), (1, 4, 1, 33, 65, 8, 1)])
+def test_each_querys_own_keys_give_the_reference_too(shape, rows, dtype, monkeypatch):
+    calls = []
+    own_attention = attention.own_attention
+    monkeypatch.setattr(attention, "own_attention", lambda *args: calls.append(1) or own_attention(*args))
+    monkeypatch.setattr(attention, "OWN_LENGTH", 0)
+    monkeypatch.setattr(attention, "OWN_UNION", 1)
+    monkeypatch.setattr(attention, "OWN_ROWS", rows)
+    q, k, v, indices = inputs(*shape, dtype=dtype)
+    indices[:, 2] = -1  # a query without any key
+    indices[:, 3, 1:] = -1  # with one
+    expected = sparse_attention(q, k, v, indices, scaling=0.3, backend="reference")
+    learned = sparse_attention(q, k, v, indices, scaling=0.3, backend="gather")
+    assert not calls and learned.requires_grad  # the backward is that of the union
+    with torch.no_grad():
+        unread = torch.ones(shape[0], shape[4], dtype=torch.bool)
+        for b in range(shape[0]):
+            unread[b, indices[b][indices[b] >= 0].long()] = False
+        unread[:, 0] = False  # stands in for no key, and is masked
+        q, k, v = q.detach(), *(x.masked_fill(unread[:, None, :, None], torch.nan) for x in (k, v))
+        got = sparse_attention(q.transpose(1, 2).contiguous().transpose(1, 2), k, v, indices, 0.3, "gather")
+    assert calls and got.dtype == dtype and not got[:, :, 2].any()
+    assert error_ratio(got, expected) < (2e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_rows_of_up_to_4096_tokens_keep_the_union(monkeypatch):
+    """What the stages train and evaluate must not change in a single bit with the machine's way to prefill."""
+    monkeypatch.setattr(attention, "own_attention", None)
+    q, k, v = (torch.zeros(1, 1, n, 8) for n in (64, 4096, 4096))
+    indices = torch.randint(4096, (1, 64, 64), generator=torch.Generator().manual_seed(0))
+    assert not sparse_attention(q, k, v, indices, backend="gather").any()
+
+
 def test_low_precision_stays_close_to_the_reference():
     q, k, v, indices = inputs(1, 6, 2, 50, 50, 32, 12, torch.bfloat16)
     got = sparse_attention(q, k, v, indices, backend="gather")
