@@ -72,8 +72,9 @@ def fetch(name: str, dataset, scan: Scan, wanted: int) -> dict:
         written = 0
         for _ in islice(scan(copied()), wanted):
             write_scanned()
-            fetched = f"{scan.tally.scanned:,} rows, {dataset.fetched_bytes / 1e6:,.1f} MB fetched"
-            progress.set_postfix_str(fetched, refresh=False)
+            megabytes, seconds = dataset.fetched_bytes / 1e6, progress.format_dict["elapsed"]
+            fetched = f"{megabytes:,.1f} MB fetched, {megabytes / max(seconds, 1e-3):,.1f} MB/s"
+            progress.set_postfix_str(f"{scan.tally.scanned:,} rows, {fetched}", refresh=False)
             progress.update()
         write_scanned()
     return {
