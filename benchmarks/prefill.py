@@ -30,7 +30,12 @@ from stages.training import examples
 
 CHUNK = 1024  # tokens a forward pass
 NEIGHBOURS = 16  # queries of a union
-NEVER, ALWAYS = {"OWN_UNION": float("inf")}, {"OWN_UNION": 0, "OWN_LENGTH": 0}  # patches of dsa.attention
+WAYS = {  # what they set in dsa.attention
+    "chosen": {"OWN_UNION": attention.OWN_UNION},
+    "union": {"OWN_UNION": float("inf")},
+    "union_16": {"OWN_UNION": float("inf"), "GATHER_ROWS": NEIGHBOURS},
+    "own": {"OWN_UNION": 0, "OWN_LENGTH": 0},
+}
 
 
 class Indices:
@@ -62,7 +67,7 @@ def overlap(indices: torch.Tensor) -> dict[str, float]:
     K = indices.shape[1]
     both = [len(torch.cat([a, b]).unique()) for a, b in pairwise(indices)]
     unions = [len(x.unique()) for x in indices.split(NEIGHBOURS) if len(x) == NEIGHBOURS]
-    return {"neighbour": round(2 - mean(both) / K, 4), "union_16": round(mean(unions) / K, 3)}
+    return {"neighbour": round(2 - mean(both) / K, 4), "union_of_16": round(mean(unions) / K, 3)}
 
 
 def in_turn(calls: dict[str, Callable[[], object]], queries: int, repeats: int) -> dict[str, dict[str, float]]:
@@ -89,8 +94,8 @@ def measure(length: int, topk: int, layers: list[tuple[torch.Tensor, ...]], repe
     selections = {f"layer_{i}": layer[3] for i, layer in enumerate(layers)}
     selections["random"] = select_topk(torch.randn(1, BLOCK, length, generator=g), topk, mask)
 
-    def patched(indices: torch.Tensor, values: dict) -> torch.Tensor:
-        with patch.multiple(attention, **values):
+    def attend(indices: torch.Tensor, way: str) -> torch.Tensor:
+        with patch.multiple(attention, **WAYS[way]):
             return sparse_attention(q, k, v, indices, backend="gather")
 
     calls: dict[str, Callable[[], object]] = {
@@ -98,10 +103,8 @@ def measure(length: int, topk: int, layers: list[tuple[torch.Tensor, ...]], repe
         "grouped_matmul": lambda: grouped_attention(q, k, v, mask),
     }
     for name, indices in selections.items():
-        calls[f"{name} chosen"] = lambda indices=indices: patched(indices, {})
-        calls[f"{name} union"] = lambda indices=indices: patched(indices, NEVER)
-        calls[f"{name} union_16"] = lambda indices=indices: patched(indices, NEVER | {"GATHER_ROWS": NEIGHBOURS})
-        calls[f"{name} own"] = lambda indices=indices: patched(indices, ALWAYS)
+        for way in WAYS:
+            calls[f"{name} {way}"] = lambda indices=indices, way=way: attend(indices, way)
     for i, (index_q, index_k, weights, _) in enumerate(layers):
         calls[f"layer_{i} indexer"] = lambda index=(index_q, index_k, weights): select_topk(
             index_scores(*index), topk, mask
