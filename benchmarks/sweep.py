@@ -20,17 +20,10 @@ from pathlib import Path
 from benchmarks.sweep_points import GROUPS, SEEDS, TOPK, Point, base_point, plan
 from benchmarks.sweep_report import write_report
 from stages import params
-from stages.common import device_name
 
 OUT = Path("reports/sweep.json")
 METRICS = "reports/compare.json"
-TIMED = {  # stage: where its seconds are
-    "dense": "reports/train/dense.json",
-    "warmup": "reports/train/warmup.json",
-    "sparse": "reports/train/sparse.json",
-    "evaluate@dense": "reports/evaluate/dense.json",
-    "evaluate@dsa": "reports/evaluate/dsa.json",
-}
+TRAINED = "reports/train/sparse.json"
 
 
 class SweepError(SystemExit):
@@ -92,7 +85,7 @@ def read_experiment(experiment: dict, profile: str) -> dict | None:
     if experiment["name"] != point.name(profile):
         return None
     row = {"name": experiment["name"], **asdict(point), "metrics": data["metrics"][METRICS]["data"]}
-    row["seconds"] = {stage: data["metrics"][file]["data"]["run"]["seconds"] for stage, file in TIMED.items()}
+    row["device"] = data["metrics"][TRAINED]["data"]["run"]["device"]
     log = Path((executor.get("local") or {}).get("log") or "")
     row["ran"], row["reused"] = stages_of(log) if log.is_file() else (None, None)
     # DVC shows no lists; the file of the experiment's commit has them.
@@ -120,7 +113,6 @@ def collect(profile: str, commit: str = "HEAD") -> dict:
         "context": p.data.max_length,
         "hidden_size": json.loads(Path("models/base/config.json").read_text(encoding="utf-8"))["hidden_size"],
         "training": {"steps": p.sparse.steps, "warmup_batch": p.warmup.batch_size, "batch": p.sparse.batch_size},
-        "device": device_name(),
         "rows": common,
         "experiments": in_order([row | {"commit": began} for row in rows]),
     }

@@ -125,10 +125,6 @@ class Sweep:
         values = np.array([row["metrics"][name] for row in self.rows(point).values()], float)
         return float(values.mean()), over_seeds(values)
 
-    def seconds(self, stage: str, point: Point) -> float:
-        """The median, for stages that were reused have the time of the run that was."""
-        return float(np.median([row["seconds"][stage] for row in self.rows(point).values()]))
-
     def line(self, point: Point, reference: Point) -> dict:
         """A line of a table."""
         share = self.paired("share_gap", point)
@@ -143,7 +139,6 @@ class Sweep:
             "mass": self.mean("mass", point),
             "oracle_mass": self.mean("oracle_mass", point),
             "change": self.paired("gap", point, reference) if point != reference else None,
-            "warmup_seconds": self.seconds("warmup", point),
         }
 
     def table(self, group: str, knob: Callable[[Point], tuple], topk: int | None = None) -> list[dict]:
@@ -262,6 +257,7 @@ def draw_warmup(tables: dict[int, list[dict]], path: Path) -> None:
         mass = np.array([line["mass"] for line in table])
         axes[1].errorbar(steps, mass[:, 0], mass[:, 1], **style)
     axes[0].axhline(0, color=COLORS["dense"], linewidth=1)
+    axes[0].set_yscale("symlog", linthresh=TOLERANCE)  # a sum of both signs over orders of magnitude
     axes[0].set_ylabel("answer loss minus dense (nats a token)")
     axes[1].set_ylabel("mass@k after sparse training")
     for axis in axes:
@@ -329,6 +325,7 @@ def write_report(sweep: dict, folder: Path) -> None:
         "ablation": ablation,
         "what": ABLATIONS,
         "commits": sorted({row["commit"] for row in sweep["experiments"]}),
+        "devices": sorted({row["device"] for row in sweep["experiments"]}),
         "tolerance": TOLERANCE,
         "missing": s.missing(),
         "planned": len({point for group in plan(base).values() for point in group}),
@@ -336,7 +333,6 @@ def write_report(sweep: dict, folder: Path) -> None:
         "counts": stage_counts(ran),
         "tokens": int(s.counts["tokens"].sum()),
         "lookups": int(s.counts["lookups"].sum()),
-        "minutes": sum(row["seconds"].get(stage, 0) for row in ran for stage in row["ran"]) / 60,
     }
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
