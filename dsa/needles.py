@@ -49,13 +49,12 @@ DOCSTRING = Form(
     value=lambda rng: " " + " ".join(rng.sample(WORDS, 2)),
     places=re.compile(r"\n"),
 )
-# RULER's own words, for models that read prose.
+# RULER's task in our words, for models that read prose.
 SENTENCE = Form(
-    fact="One of the special magic numbers for {key} is: {value}. ",
-    prompt="A special magic number is hidden within the following text. Make sure to memorize it. "
-    "I will quiz you about the number afterwards.\n{text}\n"
-    "What is the special magic number for {key} mentioned in the provided text?",
-    answer="The special magic number for {key} mentioned in the provided text is {value}",
+    fact="The code of the {key} locker is {value}. ",
+    prompt="The text below says in passing what the code of a locker is.\n\n{text}\n\n"
+    "What is the code of the {key} locker?",
+    answer="The code of the {key} locker is {value}",
     key=lambda rng: "-".join(rng.sample(WORDS, 2)),
     value=lambda rng: str(rng.randrange(1_000_000, 10_000_000)),
     places=SENTENCE_END,

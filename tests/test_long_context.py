@@ -69,7 +69,7 @@ def test_the_page_of_a_finished_run(finished_run, monkeypatch):
     found = json.loads(Path("reports/long_context.json").read_text())
     setup = found["setup"]
     assert (setup["topk"], setup["trained"], setup["lengths"]) == (16, 2048, [400, 600, 2200])
-    assert len(set(setup["sources"])) == 3 and "special magic number" in setup["form"]["fact"]
+    assert len(set(setup["sources"])) == 3 and "locker" in setup["form"]["fact"]
     for name in ("needle", "multikey"):
         task = found[name]
         assert task["lengths"] == [400, 600, 2200] and task["rows"] == 2
