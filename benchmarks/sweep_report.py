@@ -177,6 +177,12 @@ def pareto(table: list[dict], cost: str) -> list[dict]:
     return front
 
 
+def spread(table: list[dict]) -> float:
+    """Standard deviation between the seeds of a table's reference; 0 where it has one seed, which tells nothing."""
+    reference = next((line["gap"] for line in table if line["change"] is None), None)
+    return reference.error * reference.seeds**0.5 if reference and reference.seeds > 1 else 0.0
+
+
 def verdicts(table: list[dict], what: str) -> dict[str, list[dict]]:
     """The lines by where the interval of `what` lies: within the tolerance (all of it below), worse (above 0, and not
     below the tolerance), open (the rest). The reference itself is in none."""
@@ -277,6 +283,7 @@ def draw_ablation(tables: dict[int, list[dict]], path: Path) -> None:
         axis.set_yticks(range(len(lines)), [ABLATIONS[line["point"].ablation] for line in lines], fontsize=8)
         axis.axvline(0, color=COLORS["dense"], linewidth=1)
         axis.axvline(TOLERANCE, color="#999999", linestyle=":")
+        axis.set_xscale("symlog", linthresh=TOLERANCE)  # differences of both signs over orders of magnitude
         axis.set_xlabel(f"answer loss minus that of the paper's indexer (nats a token), k = {topk}")
     figure.suptitle("Ablations of the indexer (bars: 95 % intervals; to the left is better)")
     save(figure, path)
@@ -327,6 +334,7 @@ def write_report(sweep: dict, folder: Path) -> None:
         "commits": sorted({row["commit"] for row in sweep["experiments"]}),
         "devices": sorted({row["device"] for row in sweep["experiments"]}),
         "tolerance": TOLERANCE,
+        "spread": spread,
         "missing": s.missing(),
         "planned": len({point for group in plan(base).values() for point in group}),
         "command": " ".join(base.command(sweep["profile"])),

@@ -135,6 +135,14 @@ def test_a_page_without_experiments(tmp_path):
     assert not (tmp_path / "sweep").exists()
 
 
+def test_one_seed_within_the_spread_of_seeds_tells_nothing_apart(tmp_path):
+    close, base = replace(BASE, topk=64, ablation="no_relu"), replace(BASE, topk=64)
+    rows = [experiment(replace(base, seed=s), (1.0 + 2 * s, 3.0 + 6 * s)) for s in (0, 1)]  # 0.1 and 0.3: spread 0.14
+    for sums, said in (((2.0, 6.0), "is not told apart, by one seed, from"), ((5.0, 15.0), "is worse than")):
+        write_report(made(*rows, experiment(close, sums)), tmp_path)
+        assert f"no_relu: the loss {said} the paper's" in (tmp_path / "sweep.md").read_text()
+
+
 def test_sweeps_are_joined_where_they_are_the_same_experiment():
     first = made(experiment(BASE, (1.0, 3.0)), experiment(replace(BASE, topk=32), (1.0, 3.0)))
     again = experiment(BASE, (2.0, 3.0)) | {"commit": "def"}
