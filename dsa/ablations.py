@@ -3,24 +3,9 @@
 `-S ablation=<name>` trains one. Names: a reader of the paper asks "is X needed?".
 """
 
-NAMES = (
-    "none",
-    "no_relu",
-    "no_key_norm",
-    "rope_none",
-    "rope_all",
-    "attached",
-    "no_kl",
-    "dense_first",
-    "dense_ends",
-    "shared_2",
-    "shared_4",
-    "per_kv_head",
-)
 
-
-def fields(name: str, head_dim: int) -> dict:
-    """The fields of `Qwen2DSAConfig` that an ablation sets. "no_kl" sets none: in the sparse stage the indexer is
+def variants(head_dim: int) -> dict[str, dict]:
+    """{name: the fields of `Qwen2DSAConfig` that it sets}. "no_kl" sets none: in the sparse stage the indexer is
     frozen, as the warm-up left it."""
     return {
         "none": {},
@@ -35,4 +20,12 @@ def fields(name: str, head_dim: int) -> dict:
         "shared_2": {"index_share": 2},
         "shared_4": {"index_share": 4},
         "per_kv_head": {"index_per_kv_head": True},
-    }[name]
+    }
+
+
+NAMES = tuple(variants(head_dim=0))
+
+
+def fields(name: str, head_dim: int) -> dict:
+    """The fields of one of `NAMES`."""
+    return variants(head_dim)[name]

@@ -210,7 +210,7 @@ class Qwen2DSAModel(Qwen2DSAPreTrainedModel, Qwen2Model):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            shared={},
+            shared={} if self.config.index_share > 1 else None,  # it keeps what it holds for the whole forward
             **kwargs,
         )
 

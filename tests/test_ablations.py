@@ -148,6 +148,16 @@ def test_layers_share_a_selection_and_its_loss(dense_model, ids):
         assert error_ratio(model.get_parameter(name).grad, gradient) < 1e-4, name
 
 
+@pytest.mark.parametrize("name", ["none", "shared_2"])
+def test_selections_are_kept_for_other_layers_only_where_some_share(dense_model, ids, name):
+    model, kept = build(dense_model, name), []
+    model.model.layers[2].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: kept.append(kwargs["shared"] and list(kwargs["shared"])), with_kwargs=True
+    )
+    model(ids)
+    assert kept == [[0] if name == "shared_2" else None]
+
+
 def test_each_kv_head_selects_for_itself(dense_model, ids):
     model = build(dense_model, "per_kv_head")
     index, q, k, _, indices = watch(model, ids)[0]
