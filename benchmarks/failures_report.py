@@ -4,9 +4,8 @@ import re
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from benchmarks.sweep_report import TOLERANCE
+from benchmarks.common import TOLERANCE, render
 from stages.figures import COLORS, plt, save
 
 LAYERS_SHOWN = 4  # of a token: those where the indexer misses most
@@ -174,9 +173,5 @@ def write_report(found: dict, folder: Path) -> None:
         "worse": int((gaps > 0).sum()),
         "best_rows": gaps[: len(worst["shown"])].tolist(),
     }
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"code": code, "block": block, "verdict": verdict, "layers_of": layers_of}
-    text = environment.get_template("failures.md.jinja").render(context)
+    text = render("failures.md.jinja", context, code=code, block=block, verdict=verdict, layers_of=layers_of)
     (folder / "failures.md").write_text(text + "\n", encoding="utf-8")

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from benchmarks.sweep_report import TOLERANCE
+from benchmarks.common import TOLERANCE, render
 from stages.figures import COLORS, LABELS, plt, save
 
 TITLES = {
@@ -117,10 +116,6 @@ def write_report(found: dict, folder: Path) -> None:
     for name in tasks:
         draw_heatmap(found[name], arms, TITLES[name], trained, folder / f"long_context/{name}.png")
     draw_extrapolation(found["extrapolation"], arms, trained, setup["topk"], folder / "long_context/extrapolation.png")
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"verdict": verdict, "side": side}
     context = {
         **found,
         "tasks": {name: found[name] for name in tasks},
@@ -130,5 +125,5 @@ def write_report(found: dict, folder: Path) -> None:
         "titles": TITLES,
         "tolerance": TOLERANCE,
     }
-    text = environment.get_template("long_context.md.jinja").render(context)
+    text = render("long_context.md.jinja", context, verdict=verdict, side=side)
     (folder / "long_context.md").write_text(text + "\n", encoding="utf-8")

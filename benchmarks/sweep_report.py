@@ -11,14 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from benchmarks.common import NORMAL, TOLERANCE, render, student
 from benchmarks.sweep_points import SCARCE_TOPK, Point, plan
 from stages.figures import COLORS, plt, save
 from stages.statistics import ratio_with_error
 
-TOLERANCE = 0.01  # nats a token, one per cent of perplexity: the smallest loss that matters
-NORMAL = 1.96
 ABLATIONS = {  # what each does; the names are those of dsa/ablations.py
     "none": "the paper's indexer",
     "no_relu": "no ReLU: scores are linear in the key",
@@ -33,7 +31,6 @@ ABLATIONS = {  # what each does; the names are those of dsa/ablations.py
     "shared_4": "one selection for four neighbouring layers",
     "per_kv_head": "a selection for each key-value head, by its share of the index heads",
 }
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # 97.5 %
 
 
 @dataclass(frozen=True)
@@ -49,15 +46,6 @@ class Estimate:
 
     def __mul__(self, factor: float) -> "Estimate":
         return Estimate(*(factor * x for x in (self.mean, self.error, self.row_error, self.low, self.high)), self.seeds)
-
-
-def student(freedom: int) -> float:
-    """97.5 % quantile of Student's t: a table up to 9, then Hill's expansion, right to three decimals."""
-    if freedom in STUDENT:
-        return STUDENT[freedom]
-    z = NORMAL
-    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + sum(term / freedom ** (power + 1) for power, term in enumerate(terms))
 
 
 def over_seeds(values: np.ndarray) -> float:
@@ -342,8 +330,5 @@ def write_report(sweep: dict, folder: Path) -> None:
         "tokens": int(s.counts["tokens"].sum()),
         "lookups": int(s.counts["lookups"].sum()),
     }
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    text = environment.get_template("sweep.md.jinja").render(context)
+    text = render("sweep.md.jinja", context)
     (folder / "sweep.md").write_text(text, encoding="utf-8")

@@ -10,11 +10,10 @@ import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks import failures
-from benchmarks.common import interval
+from benchmarks.common import interval, student
 from benchmarks.failures import decomposition, distribution, quarters
 from benchmarks.failures_report import block, code, verdict, write_report
 from benchmarks.probes import MissedKeys, QueryStatistics, losses, sparse_in
-from benchmarks.sweep_report import student
 from dsa import from_dense, index_scores
 from dsa.evaluation import attention_mass, observe_dense
 from dsa.losses import attention_logits
