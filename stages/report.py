@@ -141,7 +141,7 @@ def main() -> None:
     curves = {name: pd.read_csv(REPORTS / f"train/{name}.csv") for name in train}
     predictions = Predictions(GROUPS)
     arms = {arm: numbers for e in evaluations.values() for arm, numbers in e["arms"].items()}
-    few = Predictions(GROUPS, p.evaluate.control_rows)
+    few = predictions.first(p.evaluate.control_rows)
     sweep = [
         {"topk": int(k), **numbers, **few.summary("dsa" if int(k) == p.topk else f"k{k}", "dense")}
         for k, numbers in evaluations["dsa"]["topk_sweep"].items()

@@ -1,5 +1,7 @@
 """Differences between arms on the same held-out tokens, with standard errors."""
 
+from copy import copy
+
 import numpy as np
 import pandas as pd
 
@@ -29,19 +31,27 @@ class Predictions:
 
     Args:
         groups: of the stage `evaluate`.
-        count: the first so many rows only, for arms that ran on no others; by default all.
     """
 
-    def __init__(self, groups: tuple[str, ...], count: int | None = None):
-        self.arrays: dict[str, np.ndarray] = {}
+    def __init__(self, groups: tuple[str, ...]):
+        arrays: dict[str, np.ndarray] = {}
         for group in groups:
-            self.arrays |= load(f"data/evaluate/{group}.npz")
-        lookups = int((self.arrays["lookup_row"] < count).sum()) if count else None
+            arrays |= load(f"data/evaluate/{group}.npz")
+        self._hold(arrays)
+
+    def first(self, count: int) -> "Predictions":
+        """Those of the first rows alone, for arms that ran on no others."""
+        lookups = int((self.arrays["lookup_row"] < count).sum())
         tokens = int(self.arrays["lengths"][:count].sum())
         limits = {"lengths": count, "heatmap": None, "lookup": lookups, "share": lookups, "right": lookups}
-        self.arrays = {
-            name: x[: limits.get(name.split("_")[0], tokens)] if x.ndim else x for name, x in self.arrays.items()
-        }
+        few = copy(self)
+        few._hold(
+            {name: x[: limits.get(name.split("_")[0], tokens)] if x.ndim else x for name, x in self.arrays.items()}
+        )
+        return few
+
+    def _hold(self, arrays: dict[str, np.ndarray]) -> None:
+        self.arrays = arrays
         lengths = self.arrays["lengths"]
         self.rows = np.repeat(np.arange(len(lengths)), lengths)
         self.positions = np.concatenate([np.arange(1, n + 1) for n in lengths])

@@ -33,6 +33,23 @@ def dense_model() -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config).eval()
 
 
+def corpus_model(**changes) -> Qwen2ForCausalLM:
+    """A random Qwen2 with the vocabulary of the cpu profile's tokenizer and little else."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=4096,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.2,
+        **changes,
+    )
+    return Qwen2ForCausalLM(config)
+
+
 @pytest.fixture
 def ids() -> torch.Tensor:
     return torch.randint(2, 97, (2, 40), generator=torch.Generator().manual_seed(1))

@@ -7,7 +7,7 @@ import markdown_it
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer
 
 from benchmarks import failures
 from benchmarks.common import interval, student
@@ -20,7 +20,7 @@ from dsa.losses import attention_logits
 from stages.common import write_rows
 from stages.statistics import Predictions
 from stages.training import examples
-from tests.conftest import ROOT
+from tests.conftest import ROOT, corpus_model
 
 TOPK = 6
 
@@ -217,18 +217,7 @@ def test_tokens_stay_what_they_are_in_a_table(text):
 def finished_run(tmp_path, monkeypatch):
     """A folder with a small random model, rows and predictions: the model's own as DSA, with noise as other arms."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/base")
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=4096,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        initializer_range=0.2,
-    )
-    model = from_dense(Qwen2ForCausalLM(config), topk=16, n_heads=2, head_dim=8).eval()
+    model = from_dense(corpus_model(), topk=16, n_heads=2, head_dim=8).eval()
     for x in (model, tokenizer):
         x.save_pretrained(tmp_path / "models/dsa")
     monkeypatch.chdir(tmp_path)

@@ -9,7 +9,7 @@ import markdown_it
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer
 
 from benchmarks import long_context
 from benchmarks.long_context import DEPTHS, Item, documents, extrapolation, published_items, summary
@@ -18,7 +18,7 @@ from dsa import from_dense
 from dsa.needles import token_losses
 from dsa.retrieval import Lookup
 from stages.common import write_rows
-from tests.conftest import ROOT, SHARED
+from tests.conftest import ROOT, SHARED, corpus_model
 
 NEEDLE = SHARED / "data/needle/kv-retrieval-75_keys.rows0-332.jsonl.gz"
 PROSE = "".join(f"Chapter {i} has words, of which number {i * i} is one. Is it true?\n" for i in range(900))
@@ -32,19 +32,7 @@ def tokenizer():
 @pytest.fixture
 def finished_run(tmp_path, monkeypatch, tokenizer):
     """A folder with params, small random models of each arm, a text and rows of key-value retrieval."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=4096,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        initializer_range=0.2,
-        max_position_embeddings=2048,
-    )
-    base = Qwen2ForCausalLM(config)
+    base = corpus_model(max_position_embeddings=2048)
     for name, selector in (("dense", None), ("dsa", "indexer"), ("window", "window")):
         model = from_dense(base, topk=16, n_heads=2, head_dim=8)
         model.config.attention_mode = "sparse" if selector else "dense"

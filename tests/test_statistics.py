@@ -34,7 +34,7 @@ def test_an_arm_is_compared_on_the_rows_it_ran_on(evaluated):
 
 
 def test_the_first_rows_alone(evaluated):
-    few = Predictions(("arms",), 2)
+    few = Predictions(("arms",)).first(2)
     assert few.rows.tolist() == [0, 0, 1] and few.positions.tolist() == [1, 2, 1]
     assert few.arrays["heatmap_wanted"].shape == (4, 4) and few.arrays["heatmap_layer"] == 2
     summary = few.summary("all", "reference")
@@ -43,4 +43,6 @@ def test_the_first_rows_alone(evaluated):
     assert few.arrays["lookup_distance"].tolist() == [5, 6]
     assert few.summary("few", "all")["gap"] == pytest.approx((2 + 3) / 2)
     assert "retrieval" not in few.summary("few", "all")
-    assert Predictions(("arms",), 99).summary("all", "reference") == Predictions(("arms",)).summary("all", "reference")
+    assert Predictions(("arms",)).first(99).summary("all", "reference") == Predictions(("arms",)).summary(
+        "all", "reference"
+    )
