@@ -93,11 +93,12 @@ def draw_layers(layers: dict, path: Path) -> None:
     left.set_xticks(places, [*names, "all"])
     left.set_title("what it costs if this layer alone is sparse", fontsize=10)
     width = 0.35
-    for shift, name, arm, label in (
-        (-width / 2, "mass", "dsa", "by the indexer's k keys"),
-        (width / 2, "oracle_mass", "oracle", "by the best k keys"),
+    for shift, name, arm, hatch, label in (
+        (-width / 2, "mass", "dsa", "", "by the indexer's k keys"),
+        (width / 2, "oracle_mass", "oracle", "//", "by the best k keys"),
     ):
-        right.bar(places[:-1] + shift, 1 - np.array(layers[name]), color=COLORS[arm], width=width, label=label)
+        style = {"color": COLORS[arm], "hatch": hatch, "edgecolor": "white", "width": width, "label": label}
+        right.bar(places[:-1] + shift, 1 - np.array(layers[name]), **style)
     right.set_ylabel("share of attention missed")
     right.set_xticks(places[:-1], names)
     right.set_title(f"what the layer misses, k = {layers['topk']}", fontsize=10)
@@ -119,7 +120,7 @@ def draw_rows(worst: dict, path: Path) -> None:
         label="shown below",
     )
     for place, row in enumerate(shown):
-        at, offset = (row["answer_tokens"], row["gap"]), (5, 3) if place % 2 else (-34, -3)
+        at, offset = (row["answer_tokens"], row["gap"]), (5, 4) if place % 2 else (5, -10)
         axis.annotate(f"row {row['row']}", at, offset, textcoords="offset points", fontsize=7)
     axis.axhline(0, color=COLORS["dense"], linewidth=1)
     axis.set_xscale("log")

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import numpy as np
+from matplotlib.ticker import PercentFormatter
 
 from benchmarks.common import TOLERANCE, render
-from stages.figures import COLORS, LABELS, plt, save
+from stages.figures import COLORS, LABELS, line, plt, save
 
 TITLES = {
     "needle": "One needle",
@@ -45,7 +46,7 @@ def draw_heatmap(task: dict, arms: list[str], title: str, trained: int, path: Pa
         squeeze=False,
     )
     for panels, measure, scale, colors, label in (
-        (axes[0], "tokens", 1.0, "viridis", "tokens right (share)"),
+        (axes[0], "tokens", 1.0, "viridis", "tokens right"),
         (axes[1], "nats", top, "viridis_r", "loss (nats a token)"),
     ):
         for axis, arm in zip(panels, arms, strict=True):
@@ -62,7 +63,8 @@ def draw_heatmap(task: dict, arms: list[str], title: str, trained: int, path: Pa
             axis.grid(False)
             axis.set_xticks(range(len(lengths)), lengths, rotation=45 if len(lengths) > 3 else 0)
             axis.set_yticks(range(len(depths)), [f"{100 * d:.0f} %" for d in depths])
-        figure.colorbar(image, ax=panels.tolist(), label=label, pad=0.01)
+        ticks = PercentFormatter(scale) if measure == "tokens" else None
+        figure.colorbar(image, ax=panels.tolist(), label=label, pad=0.01, format=ticks)
         panels[0].set_ylabel("depth of the fact")
     for axis, arm in zip(axes[0], arms, strict=True):
         axis.set_title(LABELS[arm], fontsize=10)
@@ -84,10 +86,10 @@ def draw_extrapolation(found: dict, arms: list[str], trained: int, topk: int, pa
     )
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     for arm in arms:
-        left.plot(at, [b["means"][arm] for b in bins], color=COLORS[arm], marker=".", label=LABELS[arm])
+        left.plot(at, [b["means"][arm] for b in bins], **line(arm), marker=".")
         if arm != "dense":
             e = [b["gaps"][arm] for b in bins]
-            right.plot(at, [x["mean"] for x in e], color=COLORS[arm], marker=".", label=LABELS[arm])
+            right.plot(at, [x["mean"] for x in e], **line(arm), marker=".")
             band = [x["low"] for x in e], [x["high"] for x in e]
             right.fill_between(at, *band, color=COLORS[arm], alpha=0.2, linewidth=0)
     for axis in (left, right):
@@ -102,8 +104,8 @@ def draw_extrapolation(found: dict, arms: list[str], trained: int, topk: int, pa
         left.annotate(f" trained: {trained}", (trained, low), va="bottom", color="#555555")
     left.set_ylabel("loss (nats per token)")
     right.set_ylabel("loss minus dense (nats per token)")
-    left.legend()
-    right.legend()
+    for axis in (left, right):
+        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(arms), fontsize=8)
     figure.suptitle(f"Loss by position, {found['documents']} held-out texts (band: 95 % interval over texts)")
     save(figure, path)
 

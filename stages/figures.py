@@ -8,7 +8,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from stages.statistics import mean_with_error
 
@@ -34,6 +34,7 @@ plt.rcParams.update(
     {
         "figure.dpi": 110,
         "figure.constrained_layout.use": True,
+        "figure.constrained_layout.w_pad": 0.08,
         "font.size": 10,
         "axes.grid": True,
         "grid.alpha": 0.25,
@@ -43,6 +44,23 @@ plt.rcParams.update(
         "svg.hashsalt": "dsa",
     }
 )
+
+STYLES = {  # so that the arms are told apart without colour, and dense attention under a line that lies on it
+    "dense": {"linewidth": 3.5},
+    "window_trained": {"linestyle": "--"},
+}
+
+
+def line(arm: str) -> dict:
+    """How an arm's line is drawn, and its label."""
+    return {"color": COLORS[arm], "label": LABELS[arm], **STYLES.get(arm, {})}
+
+
+def plain_log(axis) -> None:
+    """Ticks of a logarithmic axis as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def save(figure, path: Path) -> None:
@@ -71,10 +89,10 @@ def loss_by_position(nll: dict[str, np.ndarray], positions, rows, topk: int, pat
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     for arm, values in nll.items():
         table = by_position(positions, rows, values)
-        left.plot(table["position"], table["mean"], color=COLORS[arm], label=LABELS[arm])
+        left.plot(table["position"], table["mean"], **line(arm))
         if arm != "dense":
             gap = by_position(positions, rows, values - nll["dense"])
-            right.plot(gap["position"], gap["mean"], color=COLORS[arm], label=LABELS[arm])
+            right.plot(gap["position"], gap["mean"], **line(arm))
             band = gap["mean"] - gap["se"], gap["mean"] + gap["se"]
             right.fill_between(gap["position"], *band, color=COLORS[arm], alpha=0.2, linewidth=0)
     for axis in (left, right):
@@ -107,7 +125,7 @@ def quality_by_topk(sweep: pd.DataFrame, dense: dict, window_trained: dict, topk
         axis.set_xlabel("k, keys per query at inference")
         axis.axvline(topk, color="#999999", linestyle=":")
     left.legend()
-    figure.suptitle(f"How few keys are enough (trained at k = {topk}, not retrained for the others)")
+    figure.suptitle(f"How few keys are enough (trained at k = {topk} alone; bars: ± one standard error over rows)")
     save(figure, path)
 
 
@@ -123,8 +141,8 @@ def mass_by_layer(selections: dict[str, dict], topk: int, path: Path) -> None:
     right.set_ylabel(f"recall of the best {topk} keys")
     for axis in (left, right):
         axis.set_xticks(layers, [f"layer {i}" for i in layers])
-        axis.set_ylim(0, 1.12)
-        axis.legend(loc="lower right", fontsize=8, frameon=True)
+        axis.set_ylim(0, 1)
+        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=8)
     figure.suptitle("How much of what attention wants the indexer finds")
     save(figure, path)
 
@@ -134,10 +152,9 @@ def training_curves(curves: dict[str, pd.DataFrame], path: Path) -> None:
     for stage, arm in (("dense", "dense"), ("sparse", "dsa"), ("window", "window_trained")):
         curve = curves[stage]
         left.plot(curve["step"], curve["lm_loss"], color=COLORS[arm], alpha=0.2)
-        left.plot(
-            curve["step"], curve["lm_loss"].rolling(8, min_periods=1).mean(), color=COLORS[arm], label=LABELS[arm]
-        )
+        left.plot(curve["step"], curve["lm_loss"].rolling(8, min_periods=1).mean(), **line(arm))
     left.set_ylabel("training loss on answers (nats per token)")
+    left.set_title("each step pale, mean of eight steps dark", fontsize=10)
     left.legend()
     begun = curves["warmup"]["step"].max() if len(curves["warmup"]) else 0
     for stage, arm, start in (("warmup", "warmup", 0), ("sparse", "dsa", begun)):
@@ -145,6 +162,7 @@ def training_curves(curves: dict[str, pd.DataFrame], path: Path) -> None:
         middle.plot(curves[stage]["step"] + start, curves[stage]["kl"], color=COLORS[arm], label=name)
     middle.set_ylabel("indexer KL (nats, mean of layers)")
     middle.set_yscale("log")
+    plain_log(middle.yaxis)
     middle.legend()
     layers = [c for c in curves["sparse"] if c.startswith("mass_layer_")]
     for i, name in enumerate(layers):
@@ -158,8 +176,9 @@ def training_curves(curves: dict[str, pd.DataFrame], path: Path) -> None:
         shade = plt.cm.viridis(i / max(1, len(layers) - 0.5))
         right.plot(mass["step"], mass[name], marker=".", color=shade, label=f"layer {i}")
     right.axvline(begun, color="#999999", linestyle=":")
-    right.set_ylabel("attention mass on the indexer's best eighth")
-    right.legend()
+    right.set_ylabel("share of attention on the indexer's best keys")
+    right.set_title("an eighth of the keys, one held-out row", fontsize=10)
+    right.legend(ncols=1 + len(layers) // 9)
     for axis, text in ((left, "step"), (middle, "step (warm-up, then sparse)"), (right, "step (warm-up | sparse)")):
         axis.set_xlabel(text)
     save(figure, path)
@@ -168,7 +187,7 @@ def training_curves(curves: dict[str, pd.DataFrame], path: Path) -> None:
 def base_curve(curve: pd.DataFrame, held_out: float, path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7.5, 3.5))
     axis.plot(
-        curve["tokens"] / 1e6, curve["loss"], color=COLORS["dense"], label="training loss, context 256, 1024, 2048"
+        curve["tokens"] / 1e6, curve["loss"], color=COLORS["dense"], label="training loss, contexts of 256, 1024, 2048"
     )
     axis.axhline(held_out, color=COLORS["dsa"], linestyle="--", label="held-out loss at the end, context 2048")
     axis.set_ylim(top=min(curve["loss"].max(), held_out + 3))
@@ -186,9 +205,10 @@ def retrieval_by_distance(
     figure, axis = plt.subplots(figsize=(7.5, 4))
     which = np.digitize(distance, edges) - 1
     bins = [b for b in range(len(edges) - 1) if (which == b).sum() >= 8]
-    for arm, share in shares.items():
+    for place, (arm, share) in enumerate(shares.items()):
         mean, error = np.array([mean_with_error(share[which == b], rows[which == b]) for b in bins]).T.reshape(2, -1)
-        axis.errorbar(range(len(bins)), 100 * mean, 100 * error, color=COLORS[arm], marker="o", label=LABELS[arm])
+        at = np.arange(len(bins)) + 0.08 * (place - 1)  # beside each other
+        axis.errorbar(at, 100 * mean, 100 * error, **line(arm) | {"linewidth": 1.5}, marker="osD"[place])
     names = [f"{edges[b]}–{edges[b + 1]}\nn={(which == b).sum()}" for b in bins]
     axis.set_xticks(range(len(bins)), names)
     axis.set_xlabel(f"tokens between the definition and the answer (k = {topk})")
@@ -219,13 +239,12 @@ def heatmap(wanted: np.ndarray, offered: np.ndarray, layer: int, path: Path) -> 
 
 
 def cost_by_position(cost: dict, topk: int, path: Path) -> None:
-    titles = {"decode": "decode", "decode_bf16": "decode, bfloat16", "prefill": "prefill, a block of queries"}
+    dtype = cost["dtype"]
+    titles = {"decode": f"decode, {dtype}", "decode_bf16": "decode, bfloat16", "prefill": f"prefill, {dtype}"}
     figure, axes = plt.subplots(1, 3, figsize=(15, 4))
     for axis, (kind, title) in zip(axes, titles.items(), strict=True):
         table = pd.DataFrame(cost[kind])
-        axis.plot(
-            table["position"], table["dense"], color=COLORS["dense"], marker="o", label="dense, the faster of two"
-        )
+        axis.plot(table["position"], table["dense"], color=COLORS["dense"], marker="o", label="dense attention")
         for k, style in zip(cost["topk"], ("-", "--", ":"), strict=False):
             if f"dsa_{k}" in table:
                 axis.plot(
@@ -235,20 +254,25 @@ def cost_by_position(cost: dict, topk: int, path: Path) -> None:
             axis.plot(
                 table["position"],
                 table[f"dsa_int8_{topk}"],
+                "-.",
                 color=COLORS["oracle"],
-                marker="o",
+                marker="^",
                 label=f"DSA, k = {topk}, int8 index keys",
             )
         if f"indexer_{topk}" in table:
             axis.plot(
                 table["position"],
                 table[f"indexer_{topk}"],
+                ":",
                 color=COLORS["warmup"],
-                marker=".",
-                label="of it: scores and top-k",
+                marker="s",
+                markersize=4,
+                label="scores and top-k alone",
             )
         axis.set_xscale("log", base=2)
+        axis.set_xticks(table["position"], [f"{n // 1024}K" if n % 1024 == 0 else n for n in table["position"]])
         axis.set_yscale("log")
+        plain_log(axis.yaxis)
         axis.set_xlabel("position (tokens)")
         axis.set_ylabel("ms per token and layer")
         axis.set_title(title)
@@ -267,11 +291,13 @@ def preference(curves: dict[str, pd.DataFrame], results: dict, path: Path) -> No
     for axis in (left, middle):
         axis.set_xlabel("step")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.legend()
+    left.legend(loc="lower left")
+    middle.legend()
     for place, arm in enumerate(curves):
         mean, error = results["arms"][arm]["accuracy"]
         right.bar(place, 100 * mean, yerr=100 * error, color=COLORS[arm], width=0.6, capsize=4)
     right.axhline(50, color="#999999", linestyle=":")
+    right.annotate("chance", (0.5, 50), ha="center", va="bottom", fontsize=8)
     right.set_xticks(range(len(curves)), [LABELS[arm] for arm in curves])
     right.set_ylabel("reward accuracy, held-out pairs (%)")
     save(figure, path)
