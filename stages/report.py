@@ -10,6 +10,7 @@ import re
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 
 import markdown_it
 import pandas as pd
@@ -65,6 +66,13 @@ def git_commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.strip()
+
+
+def cost_spread(cost: dict) -> tuple[float, float]:
+    """Distance of the quartiles of a measured time, as a share of its median: in the middle case, and at most."""
+    rows = [row for kind in ("decode", "decode_bf16", "prefill") for row in cost[kind]]
+    shares = [row[name] / row[name.removesuffix("_spread")] for row in rows for name in row if name.endswith("_spread")]
+    return median(shares), max(shares)
 
 
 def stages_table(train: dict, dpo: dict, evaluations: dict, others: dict) -> list[dict]:
@@ -178,11 +186,13 @@ def main() -> None:
         "data": data,
         "base": base,
         "cost": cost,
+        "cost_spread": cost_spread(cost),
         "harness": {arm: read(f"harness/{arm}.json")["tasks"] for arm in preference.ARMS},
         "selections": selections,
         "generations": list(zip(evaluations["dense"]["generations"], evaluations["dsa"]["generations"], strict=True)),
         "stages": stages_table(train, dpo, evaluations, data | {"benchmark": cost}),
-        "oracle_gap": predictions.gap("dsa_oracle", "dense"),
+        "control_gap": few.gap("dsa", "dense"),
+        "oracle_gap": few.gap("dsa_oracle", "dense"),
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "device": device_name(),
         "commit": git_commit(),
