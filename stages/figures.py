@@ -197,6 +197,21 @@ def base_curve(curve: pd.DataFrame, held_out: float, path: Path) -> None:
     save(figure, path)
 
 
+def row_lengths(histogram: dict[str, int], least: int, longest: int, path: Path) -> None:
+    """histogram: rows by tokens, {"256-511": 7}; rows over `least` tokens are kept, and cut at `longest`."""
+    figure, axis = plt.subplots(figsize=(7.5, 2.8))
+    ends = np.array([[int(end) for end in name.split("-")] for name in histogram]).reshape(-1, 2)
+    axis.bar(ends[:, 0], histogram.values(), width=ends[:, 1] + 1 - ends[:, 0], align="edge", color=COLORS["base"])
+    for at, style, label in ((least, ":", "kept: longer than"), (longest, "--", "cut to")):
+        axis.axvline(at, color=COLORS["dense"], linestyle=style, label=f"{label} {at} tokens")
+    axis.set_yscale("log")  # a few rows are very long
+    plain_log(axis.yaxis)
+    axis.set_xlabel("tokens of an instruction row")
+    axis.set_ylabel("rows")
+    axis.legend()
+    save(figure, path)
+
+
 def retrieval_by_distance(
     distance: np.ndarray, rows: np.ndarray, shares: dict[str, np.ndarray], topk: int, path: Path
 ) -> None:

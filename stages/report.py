@@ -93,9 +93,10 @@ def draw(
     selections: dict,
     curves: dict,
     cost: dict,
+    histogram: dict[str, int],
     base: dict | None,
 ) -> None:
-    """All figures. base: the metrics of the embedded base model, None for another base."""
+    """All figures. histogram: rows by tokens. base: the metrics of the embedded base model, None for another base."""
     arms = {arm: predictions.nll(arm) for arm in TRAINED}
     figures.loss_by_position(arms, predictions.positions, predictions.rows, p.topk, FIGURES / "loss_by_position.png")
     sweep = pd.DataFrame(tables["sweep"])
@@ -113,6 +114,7 @@ def draw(
         figures.base_curve(curve, base["held_out_loss"], FIGURES / "base_curve.png")
     dpo = {arm: pd.read_csv(REPORTS / f"dpo/{arm}.csv") for arm in preference.ARMS}
     figures.preference(dpo, tables["preference"], FIGURES / "preference.png")
+    figures.row_lengths(histogram, p.data.min_tokens, p.data.max_length, FIGURES / "row_lengths.png")
     if p.evaluate.retrieval.lengths:
         figures.retrieval(tables["retrieval"], FIGURES / "retrieval.png")
     figures.cost_by_position(cost, p.topk, FIGURES / "cost_by_position.png")
@@ -168,7 +170,7 @@ def main() -> None:
     selections = {"warmup": evaluations["warmup"]["selection"], "dsa": evaluations["dsa"]["selection"]}
     FIGURES.mkdir(parents=True, exist_ok=True)
     base = json.loads(Path(EMBEDDED, "pretrain.json").read_text()) if EMBEDDED in p.model.source else None
-    draw(p, predictions, tables, selections, curves, cost, base)
+    draw(p, predictions, tables, selections, curves, cost, data["filter"]["length_histogram"], base)
     rows = {row["arm"]: row for table in ("trained", "untrained") for row in tables[table]}
     summary = {
         "loss": {arm: round(rows[arm]["loss"], 4) for arm in rows},
