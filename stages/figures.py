@@ -140,7 +140,7 @@ def mass_by_layer(selections: dict[str, dict], topk: int, path: Path) -> None:
     left.set_ylabel(f"share of attention on the {topk} keys")
     right.set_ylabel(f"recall of the best {topk} keys")
     for axis in (left, right):
-        axis.set_xticks(layers, [f"layer {i}" for i in layers])
+        axis.set_xticks(layers, [f"layer {i}" if len(layers) < 9 else str(i) for i in layers])
         axis.set_ylim(0, 1)
         axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=8)
     figure.suptitle("How much of what attention wants the indexer finds")
