@@ -91,6 +91,7 @@ class Training(Section):
 
 class WarmupTraining(Training):
     steps: Natural  # 0: sparse training begins with an indexer that has learned nothing
+    gradient_checkpointing: Literal[False] = False  # the frozen backbone keeps nothing for backward: it would only cost
 
 
 class SparseTraining(Training):
