@@ -5,15 +5,14 @@
     python -m benchmarks.full_size CONFIG.json --lengths 2048 4096 --repeats 0     # the arithmetic alone
 
 CONFIG.json is the published config of Qwen2.5-0.5B (models/base/config.json after the full profile's stage `model`).
-One row a step, as the stages do it: autocast to bfloat16, AdamW. Each step runs in a process of its own, for its peak
-memory. Writes reports/speed/full_size.json, what was measured on a GPU to reports/gpu/full_size.json, after every step;
-what stands there is kept, if it is of the same model and machine.
+One row a step, as the stages do it: autocast to bfloat16, AdamW; the warm-up never with checkpointing. Each step runs
+in a process of its own, for its peak memory. Writes reports/speed/full_size.json, what was measured on a GPU to
+reports/gpu/full_size.json, after every step; what stands there is kept, if it is of the same model and machine.
 """
 
 import argparse
 import json
 import multiprocessing
-import resource
 import time
 from itertools import product
 from pathlib import Path
@@ -57,11 +56,25 @@ def build(config: Path, stage: str, topk: int, checkpointing: bool):
     return model.train()
 
 
+def forget_peak() -> None:
+    """Peaks count from here: building a model takes more than a step of the warm-up. The process's needs Linux."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_of_process() -> int:
+    """The largest resident set so far, in bytes."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024
+
+
 def step_seconds(config: Path, stage: str, length: int, topk: int, repeats: int, checkpointing: bool, pipe) -> None:
     """Runs in its own process; sends what it measured."""
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build(config, stage, topk, checkpointing).to(device)
+    forget_peak()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     ids = torch.randint(0, model.config.vocab_size, (1, length), device=device)
     inputs = {"logits_to_keep": 1} if stage == "warmup" else {"labels": ids}
@@ -77,8 +90,7 @@ def step_seconds(config: Path, stage: str, length: int, topk: int, repeats: int,
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else host
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_of_process()
     pipe.send({"seconds": round(median(times[1:]), 3), "peak_gb": round(peak / GB, 2)})
 
 
@@ -103,7 +115,8 @@ def computed_gb(config: dict, stage: str, length: int, checkpointing: bool) -> d
     Of a layer, backward needs the two norms' inputs and normalised inputs in float32 and their outputs, q, k, v,
     attention's output, and of the MLP gate, up, the activation and the product; of an indexer its input in both
     precisions, queries and keys. With checkpointing it needs the layer's input only. The warm-up keeps nothing of the
-    backbone. Autocast keeps a bfloat16 copy of the weights. Logits are in bfloat16, in float32 and as their gradient.
+    backbone, and is not checkpointed. Autocast keeps a bfloat16 copy of the weights. Logits are in bfloat16, in float32
+    and as their gradient.
     """
     hidden, heads, vocabulary = config["hidden_size"], config["num_attention_heads"], config["vocab_size"]
     kv = config["num_key_value_heads"] * hidden // heads
@@ -129,6 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", type=Path)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096])
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="to measure")
     parser.add_argument("--topk", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=2, help="0: nothing is measured")
     parser.add_argument("--longest", type=int, default=1 << 30, help="of the lengths, measure up to this one")
@@ -158,14 +172,17 @@ def main() -> None:
 
     tasks = list(product(args.lengths, STAGES))
     for (length, stage), checkpointing in product(tasks, (False, True)):
+        if checkpointing and stage == "warmup":
+            continue
         row = {"stage": stage, "length": length, "checkpointing": checkpointing}
         measured = {name: value for name, value in rows.get(key(row), {}).items() if name in MEASURED}
         put(row | measured | {"computed_gpu_gb": computed_gb(config, stage, length, checkpointing)})
     for length, stage in tasks if args.repeats else ():
-        if length <= args.longest:
-            row = {"stage": stage, "length": length, "checkpointing": args.checkpointing}
+        if length <= args.longest and stage in args.stages:
+            checkpointing = args.checkpointing and stage != "warmup"
+            row = {"stage": stage, "length": length, "checkpointing": checkpointing}
             computed = rows[key(row)]["computed_gpu_gb"]
-            row |= measure(args.config, stage, length, args.topk, args.repeats, args.checkpointing)
+            row |= measure(args.config, stage, length, args.topk, args.repeats, checkpointing)
             if "seconds" in row:
                 row["tokens_per_second"] = round(length / row["seconds"])
             put(row | {"computed_gpu_gb": computed})

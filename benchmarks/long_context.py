@@ -36,7 +36,12 @@ from stages.common import device_name, read_rows
 from stages.report import git_commit
 
 OUT = Path("reports/long_context.json")
-ARMS = {"dense": "models/dense", "dsa": "models/dsa", "window_trained": "models/window"}  # as in stages/evaluate.py
+ARMS = {  # as in stages/evaluate.py: the model, and what is changed in its config
+    "dense": ("models/dense", {}),
+    "dsa": ("models/dsa", {}),
+    "dsa_oracle": ("models/dsa", {"selector": "oracle"}),
+    "window_trained": ("models/window", {}),
+}
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 MEASURES = ("tokens", "nats", "exact")  # of an answer: share of tokens right, loss of a token, all of them right
 SEED = 0  # every arm, and every run of the experiment, has the same questions
@@ -131,7 +136,8 @@ def published_items(tokenizer, paths: list[Path], count: int) -> list[Item]:
 
 
 def load(arm: str) -> Qwen2DSAForCausalLM:
-    model = Qwen2DSAForCausalLM.from_pretrained(ARMS[arm], dtype="float32").eval()
+    folder, changed = ARMS[arm]
+    model = Qwen2DSAForCausalLM.from_pretrained(folder, dtype="float32", **changed).eval()
     return model.cuda() if torch.cuda.is_available() else model
 
 
@@ -237,11 +243,11 @@ def analyse(args: argparse.Namespace) -> dict:
     start = time.monotonic()
     p = params.load()
     trained = p.data.max_length
-    lengths = sorted(args.lengths or [trained // 4, trained // 2, trained, 2 * trained])
+    lengths = sorted(args.lengths or [trained // 4, trained // 2, trained, 3 * trained // 2, 2 * trained])
     if args.text is None and not p.data.packages:
         raise LongContextError(f"the profile {p.profile} has no files of its own to hold out: name texts (--text)")
     form = DOCSTRING if args.text is None else SENTENCE
-    tokenizer = AutoTokenizer.from_pretrained(ARMS["dense"])
+    tokenizer = AutoTokenizer.from_pretrained(ARMS["dense"][0])
     texts = text_files(args.text) if args.text else held_out_files(p)
     found = documents(tokenizer, texts, lengths[-1] + SLACK, max(args.rows, args.documents), cut=bool(args.text))
     tasks = {
@@ -295,7 +301,7 @@ def analyse(args: argparse.Namespace) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--lengths", type=int, nargs="+", help="tokens of a row; default: 1/4 to 2 of the trained length"
+        "--lengths", type=int, nargs="+", help="tokens of a row; default: 1/4, 1/2, 1, 1.5 and 2 of the trained"
     )
     parser.add_argument("--rows", type=int, default=8, help="documents in which needles are planted")
     parser.add_argument("--documents", type=int, default=16, help="documents for the loss by position")

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import NORMAL, TOLERANCE, render, student
-from benchmarks.sweep_points import SCARCE_TOPK, Point, plan
+from benchmarks.sweep_points import ABLATIONS, SCARCE_TOPK, Point, plan
 from stages.figures import COLORS, plt, save
 from stages.statistics import ratio_with_error
 
-ABLATIONS = {  # what each does; the names are those of dsa/ablations.py
+CHANGES = {  # what each does: those of dsa/ablations.py, and those that the model had once
     "none": "the paper's indexer",
     "no_relu": "no ReLU: scores are linear in the key",
     "no_key_norm": "no LayerNorm on the index key",
@@ -243,15 +243,18 @@ def draw_indexer(tables: dict[int, list[dict]], path: Path) -> None:
 
 def draw_warmup(tables: dict[int, list[dict]], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4))
+    lowest = 0.0
     for (topk, table), color in zip(tables.items(), ("dsa", "window_trained", "oracle", "warmup"), strict=False):
         steps = [line["point"].warmup_steps for line in table]
         gap = [line["gap"] for line in table]
         style = {"color": COLORS[color], "marker": "o", "label": f"k = {topk}"}
         axes[0].errorbar(steps, [e.mean for e in gap], [e.error for e in gap], **style)
+        lowest = min(lowest, *(e.mean - e.error for e in gap))
         mass = np.array([line["mass"] for line in table])
         axes[1].errorbar(steps, mass[:, 0], mass[:, 1], **style)
     axes[0].axhline(0, color=COLORS["dense"], linewidth=1)
-    axes[0].set_yscale("symlog", linthresh=TOLERANCE)  # a sum of both signs over orders of magnitude
+    axes[0].set_yscale("symlog", linthresh=TOLERANCE)  # of both signs, over orders of magnitude
+    axes[0].set_ylim(bottom=lowest)
     axes[0].set_ylabel("answer loss minus dense (nats a token)")
     axes[1].set_ylabel("mass@k after sparse training")
     for axis in axes:
@@ -268,7 +271,7 @@ def draw_ablation(tables: dict[int, list[dict]], path: Path) -> None:
         for y, line in enumerate(lines):
             x = line["change"]
             axis.errorbar(x.mean, y, xerr=[[x.mean - x.low], [x.high - x.mean]], color=COLORS["dsa"], marker="o")
-        axis.set_yticks(range(len(lines)), [ABLATIONS[line["point"].ablation] for line in lines], fontsize=8)
+        axis.set_yticks(range(len(lines)), [CHANGES[line["point"].ablation] for line in lines], fontsize=8)
         axis.axvline(0, color=COLORS["dense"], linewidth=1)
         axis.axvline(TOLERANCE, color="#999999", linestyle=":")
         axis.set_xscale("symlog", linthresh=TOLERANCE)  # differences of both signs over orders of magnitude
@@ -293,7 +296,7 @@ def write_report(sweep: dict, folder: Path) -> None:
     topk = s.table("topk", lambda p: (p.topk,))
     indexer = s.tables("indexer", lambda p: (p.n_heads * p.head_dim, p.head_dim))
     warmup = s.tables("warmup", lambda p: (p.warmup_steps,))
-    ablation = s.tables("ablation", lambda p: (list(ABLATIONS).index(p.ablation),))
+    ablation = s.tables("ablation", lambda p: (list(CHANGES).index(p.ablation),))
     if len(topk) > 1:
         draw_topk(topk, base, folder / "sweep/topk.png")
     for draw, tables, name in (
@@ -318,13 +321,14 @@ def write_report(sweep: dict, folder: Path) -> None:
         },
         "warmup": warmup,
         "ablation": ablation,
-        "what": ABLATIONS,
+        "what": CHANGES,
+        "removed": {row["ablation"]: row["commit"] for row in sweep["experiments"] if row["ablation"] not in ABLATIONS},
         "commits": sorted({row["commit"] for row in sweep["experiments"]}),
         "devices": sorted({row["device"] for row in sweep["experiments"]}),
         "tolerance": TOLERANCE,
         "spread": spread,
         "missing": s.missing(),
-        "planned": len({point for group in plan(base).values() for point in group}),
+        "planned": len(sweep["experiments"]) + len(s.missing()),
         "command": " ".join(base.command(sweep["profile"])),
         "counts": stage_counts(ran),
         "tokens": int(s.counts["tokens"].sum()),

@@ -9,16 +9,11 @@ def variants(head_dim: int) -> dict[str, dict]:
     frozen, as the warm-up left it."""
     return {
         "none": {},
-        "no_relu": {"index_relu": False},
-        "no_key_norm": {"index_key_norm": False},
         "rope_none": {"index_rope_dim": 0},
         "rope_all": {"index_rope_dim": head_dim},
-        "attached": {"index_detach": False},
         "no_kl": {},
         "dense_first": {"index_dense_layers": [0]},
         "dense_ends": {"index_dense_layers": [0, -1]},
-        "shared_2": {"index_share": 2},
-        "shared_4": {"index_share": 4},
         "per_kv_head": {"index_per_kv_head": True},
     }
 

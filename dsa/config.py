@@ -19,11 +19,7 @@ class Qwen2DSAConfig(Qwen2Config):
     index_key_dtype (`str`, *optional*): "int8" rounds index keys, each by its own scale, outside of training: half the
         bytes of bfloat16 in the cache, and on a CPU about half the time to score at long contexts. By default they
         have the model's type.
-    index_relu, index_key_norm, index_detach (`bool`): the paper's ReLU between products and weights, LayerNorm on the
-        index key, and detached input of the indexer; off for ablations.
     index_dense_layers (`list[int]`, *optional*): layers without an indexer, dense in sparse mode too; -1 is the last.
-    index_share (`int`): so many neighbouring layers use the selection of the first of them, whose indexer learns from
-        the attention of all.
     index_per_kv_head (`bool`): each key-value head has its own share of the index heads, and its own selection.
     attention_mode (`str`): "dense" attends to every earlier token, "sparse" to the selected ones.
     selector (`str`): what scores the keys in sparse mode. "indexer" is DSA; the others are controls on the same code
@@ -39,11 +35,7 @@ class Qwen2DSAConfig(Qwen2Config):
     index_head_dim: int = 64
     index_rope_dim: int | None = None
     index_key_dtype: str | None = None
-    index_relu: bool = True
-    index_key_norm: bool = True
-    index_detach: bool = True
     index_dense_layers: list[int] | None = None
-    index_share: int = 1
     index_per_kv_head: bool = False
     attention_mode: str = "sparse"
     selector: str = "indexer"
@@ -71,8 +63,6 @@ class Qwen2DSAConfig(Qwen2Config):
             raise ValueError(f"index_topk: {self.index_topk} is less than 1")
         if self.index_rope_dim % 2 or not 0 <= self.index_rope_dim <= self.index_head_dim:
             raise ValueError(f"index_rope_dim: {self.index_rope_dim} is odd or larger than {self.index_head_dim=}")
-        if self.index_share < 1:
-            raise ValueError(f"index_share: {self.index_share} is less than 1")
         if self.index_per_kv_head and self.index_n_heads % self.num_key_value_heads:
             raise ValueError(f"index_per_kv_head: {self.index_n_heads=} is no multiple of {self.num_key_value_heads=}")
         if self.index_n_heads < 1 and self.attention_mode == "sparse" and self.selector == "indexer":

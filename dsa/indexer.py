@@ -121,7 +121,7 @@ class LightningIndexer(nn.Module):
         self.rope_theta = config.rope_parameters["rope_theta"]
         self.wq = nn.Linear(config.hidden_size, self.n_heads * self.head_dim, bias=False)
         self.wk = nn.Linear(config.hidden_size, self.head_dim, bias=False)
-        self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6) if config.index_key_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6)
         self.weights_proj = nn.Linear(config.hidden_size, self.n_heads, bias=False)
 
     def forward(
@@ -138,7 +138,7 @@ class LightningIndexer(nn.Module):
             q [B, T, H, D], k [B, S, D], weights float32 [B, T, H]. Where the config says int8 and this is no training,
             k is int8 [B, S, D + 4], see `pack_int8`.
         """
-        x = hidden_states.detach() if self.config.index_detach else hidden_states
+        x = hidden_states.detach()
         B, T, _ = x.shape
         q = rotate(self.wq(x).view(B, T, self.n_heads, self.head_dim), position_ids, self.rope_dim, self.rope_theta)
         k = rotate(self.k_norm(self.wk(x)), position_ids, self.rope_dim, self.rope_theta)
@@ -148,7 +148,4 @@ class LightningIndexer(nn.Module):
             k = past_key_values.update_indexer(k, self.layer_idx)
         with torch.autocast(x.device.type, enabled=False):  # few numbers that scale every score: full precision
             weights = nn.functional.linear(x.float(), self.weights_proj.weight.float())
-        if not self.config.index_relu:  # sum_h w_h q_h . k = relu(x) - relu(-x) of x = (sum_h w_h q_h) . k
-            q = (weights[..., None] * q).sum(2, keepdim=True) * (2 / self.n_heads) ** 0.5  # of H^-0.5, for H = 2
-            q, weights = torch.cat([q, -q], dim=2), weights.new_tensor([1.0, -1.0]).expand(B, T, 2)
         return q, k, weights

@@ -73,10 +73,8 @@ class Qwen2DSAAttention(Qwen2Attention):
 
     def __init__(self, config: Qwen2DSAConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.leader = layer_idx - layer_idx % config.index_share  # whose selection this layer uses
         self.dense = layer_idx in config.index_dense_layers
-        indexed = config.index_n_heads and self.leader == layer_idx and not self.dense
-        self.indexer = LightningIndexer(config, layer_idx) if indexed else None
+        self.indexer = LightningIndexer(config, layer_idx) if config.index_n_heads and not self.dense else None
 
     def forward(
         self,
@@ -86,7 +84,6 @@ class Qwen2DSAAttention(Qwen2Attention):
         past_key_values: Cache | None = None,
         position_ids: torch.Tensor | None = None,
         observer: AttentionObserver | None = None,
-        shared: dict[int, tuple[Index, torch.Tensor | None]] | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         visible = attention_mask
@@ -100,28 +97,20 @@ class Qwen2DSAAttention(Qwen2Attention):
             k, v = past_key_values.update(k, v, self.layer_idx)
 
         index = indices = weights = None
-        if self.config.index_n_heads and self.config.selector == "indexer" and (sparse or observer) and not self.dense:
-            if self.indexer is not None:
-                index = self.indexer(hidden_states, position_ids, past_key_values)
-            else:
-                index, indices = shared[self.leader]
+        if self.indexer is not None and self.config.selector == "indexer" and (sparse or observer):
+            index = self.indexer(hidden_states, position_ids, past_key_values)
         if not sparse:
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
             dropout = self.attention_dropout if self.training else 0.0
             out, weights = attend(self, q, k, v, visible.dense_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         if index is not None and self.config.index_per_kv_head:
-            index_of_heads, q, k, v, visible = split_kv_heads(index, q, k, v, visible)
-        else:
-            index_of_heads = index
+            index, q, k, v, visible = split_kv_heads(index, q, k, v, visible)
         if sparse:
             q, k = q.to(v.dtype), k.to(v.dtype)  # RoPE leaves float32 under autocast
-            if indices is None:
-                indices = self.select(index_of_heads, q, k, visible)
+            indices = self.select(index, q, k, visible)
             out = sparse_attention(q, k, v, indices, self.scaling).reshape(B, -1, T, self.head_dim).transpose(1, 2)
-        if shared is not None and self.indexer is not None:
-            shared[self.layer_idx] = index, indices
         if observer is not None and not self.dense:
-            observer.observe(self, index_of_heads, q, k, visible, indices)
+            observer.observe(self, index, q, k, visible, indices)
         return self.o_proj(out.reshape(B, T, -1).contiguous()), weights
 
     @torch.no_grad()
@@ -210,7 +199,6 @@ class Qwen2DSAModel(Qwen2DSAPreTrainedModel, Qwen2Model):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            shared={} if self.config.index_share > 1 else None,  # it keeps what it holds for the whole forward
             **kwargs,
         )
 

@@ -18,6 +18,7 @@ COLORS = {
     "window_trained": "#2e86ab",
     "warmup": "#edae49",
     "oracle": "#66a182",
+    "dsa_oracle": "#66a182",
     "base": "#888888",
 }
 LABELS = {
@@ -26,6 +27,7 @@ LABELS = {
     "window_trained": "recency window, trained",
     "warmup": "warm-up only",
     "oracle": "oracle top-k",
+    "dsa_oracle": "oracle top-k, DSA model",
     "base": "base model, dense",
 }
 BIN = 128  # positions

@@ -20,20 +20,8 @@ Sources = Annotated[
     list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value), Field(min_length=1)
 ]
 
-Ablation = Literal[  # dsa/ablations.py, which takes seconds to import
-    "none",
-    "no_relu",
-    "no_key_norm",
-    "rope_none",
-    "rope_all",
-    "attached",
-    "no_kl",
-    "dense_first",
-    "dense_ends",
-    "shared_2",
-    "shared_4",
-    "per_kv_head",
-]
+# Names of dsa/ablations.py, which takes seconds to import.
+Ablation = Literal["none", "rope_none", "rope_all", "no_kl", "dense_first", "dense_ends", "per_kv_head"]
 
 
 class Section(BaseModel):
@@ -103,6 +91,7 @@ class Training(Section):
 
 class WarmupTraining(Training):
     steps: Natural  # 0: sparse training begins with an indexer that has learned nothing
+    gradient_checkpointing: Literal[False] = False  # the frozen backbone keeps nothing for backward: it would only cost
 
 
 class SparseTraining(Training):

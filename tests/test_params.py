@@ -58,6 +58,14 @@ def test_a_bad_profile_key_is_named(root):
         params.load(root=root)
 
 
+def test_the_warmup_is_not_checkpointed(root):
+    """Its backbone keeps nothing for backward; transformers would make it recompute, and keep, all of it."""
+    warmup = {"steps": 3, "batch_size": 1, "learning_rate": 0.1, "gradient_checkpointing": True}
+    change(root / "profiles/cpu.yaml", warmup=warmup)
+    with pytest.raises(SystemExit, match=r"profiles/cpu.yaml: warmup.gradient_checkpointing"):
+        params.load(root=root)
+
+
 def test_a_missing_key_and_broken_yaml_are_named(root):
     (root / "params.yaml").write_text("profile: cpu\nseed: 0\n")
     with pytest.raises(SystemExit, match=r"params.yaml|cpu.yaml: topk"):

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from benchmarks import sweep
 from benchmarks.sweep_points import SCARCE_TOPK
-from benchmarks.sweep_report import ABLATIONS, Sweep, estimate, indexer_cost, pareto, verdicts, write_report
+from benchmarks.sweep_report import CHANGES, Sweep, estimate, indexer_cost, pareto, verdicts, write_report
 from dsa import ablations, from_dense
 from dsa.data import Collator
 from dsa.training import DSATrainer, Rows, freeze
@@ -112,7 +112,7 @@ def test_the_page_has_the_numbers_and_says_what_is_missing(tmp_path):
     rows += [experiment(replace(BASE, topk=32, seed=s), (4.0, 12.0), mass=0.7) for s in (0, 1)]
     rows += [experiment(replace(BASE, topk=64), (1.0, 3.0))]
     rows += [experiment(replace(BASE, topk=64, n_heads=1, head_dim=16), (1.0, 3.0))]
-    rows += [experiment(replace(BASE, topk=64, ablation="no_relu"), (2.0, 6.0)) | {"commit": "def"}]
+    rows += [experiment(replace(BASE, topk=64, ablation="rope_all"), (2.0, 6.0)) | {"commit": "def"}]
     write_report(made(*rows), tmp_path)
     text = (tmp_path / "sweep.md").read_text()
     assert "| 256 | 1/8 | +0.1500 ± 0.0500 |" in text
@@ -123,9 +123,20 @@ def test_the_page_has_the_numbers_and_says_what_is_missing(tmp_path):
     planned = len({point for group in sweep.plan(BASE).values() for point in group})
     assert f"7 experiments of {planned} planned" in text and f"Missing: {planned - 7} planned points" in text
     assert "14 stages ran and 21 were reused (runs: sparse 7, compare 7)" in text
-    assert "no_relu: the loss is worse than the paper's (+0.1000 [+0.1000, +0.1000])" in text
+    assert "rope_all: the loss is worse than the paper's (+0.1000 [+0.1000, +0.1000])" in text
     assert "commits abc, def" in text
     assert {p.name for p in (tmp_path / "sweep").iterdir()} == {"topk.png", "indexer.png", "ablation.png"}
+
+
+def test_an_ablation_that_the_model_has_no_more_is_marked_with_its_commit(tmp_path):
+    had, has = replace(BASE, topk=64, ablation="attached"), replace(BASE, topk=64, ablation="rope_all")
+    rows = [experiment(point, (1.0, 3.0)) for point in (replace(BASE, topk=64), had, has)]
+    write_report(made(*rows), tmp_path)
+    text = (tmp_path / "sweep.md").read_text()
+    assert "| attached † |" in text and "| rope_all |" in text
+    assert "git checkout abc" in text
+    write_report(made(rows[0], rows[2]), tmp_path)
+    assert "†" not in (tmp_path / "sweep.md").read_text()
 
 
 def test_a_page_without_experiments(tmp_path):
@@ -136,11 +147,11 @@ def test_a_page_without_experiments(tmp_path):
 
 
 def test_one_seed_within_the_spread_of_seeds_tells_nothing_apart(tmp_path):
-    close, base = replace(BASE, topk=64, ablation="no_relu"), replace(BASE, topk=64)
+    close, base = replace(BASE, topk=64, ablation="rope_all"), replace(BASE, topk=64)
     rows = [experiment(replace(base, seed=s), (1.0 + 2 * s, 3.0 + 6 * s)) for s in (0, 1)]  # 0.1 and 0.3: spread 0.14
     for sums, said in (((2.0, 6.0), "is not told apart, by one seed, from"), ((5.0, 15.0), "is worse than")):
         write_report(made(*rows, experiment(close, sums)), tmp_path)
-        assert f"no_relu: the loss {said} the paper's" in (tmp_path / "sweep.md").read_text()
+        assert f"rope_all: the loss {said} the paper's" in (tmp_path / "sweep.md").read_text()
 
 
 def test_sweeps_are_joined_where_they_are_the_same_experiment():
@@ -170,7 +181,7 @@ def test_the_plan_covers_the_question_and_its_commands_set_existing_params(monke
     plan = sweep.plan(base)
     assert len({p.topk for p in plan["topk"]}) >= 6 and len({p.seed for p in plan["topk"]}) >= 3
     assert len({(p.n_heads, p.head_dim) for p in plan["indexer"]}) >= 4
-    assert {p.ablation for p in plan["ablation"]} == set(ablations.NAMES) == set(ABLATIONS)
+    assert {p.ablation for p in plan["ablation"]} == set(ablations.NAMES) <= set(CHANGES)
     for group in plan.values():  # each has what its points are compared with
         assert {replace(base, topk=p.topk, seed=p.seed) for p in group if p.topk in SCARCE_TOPK} <= set(group)
     files = {name: yaml.safe_load(Path(name).read_text()) for name in ("params.yaml", "profiles/sweep.yaml")}
@@ -248,9 +259,9 @@ def test_params_of_another_commit_are_refused(monkeypatch, tmp_path):
 
 
 def test_an_ablation_has_its_own_name_and_setting():
-    point = replace(BASE, ablation="no_relu")
-    assert point.name("sweep") == BASE.name("sweep") + "-no-relu"
-    assert set(point.settings("sweep")) - set(BASE.settings("sweep")) == {"ablation=no_relu"}
+    point = replace(BASE, ablation="rope_all")
+    assert point.name("sweep") == BASE.name("sweep") + "-rope-all"
+    assert set(point.settings("sweep")) - set(BASE.settings("sweep")) == {"ablation=rope_all"}
 
 
 def test_compare_writes_the_gap_and_its_row_sums(monkeypatch, tmp_path):
