@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from matplotlib.ticker import EngFormatter, LogLocator
 
 from benchmarks.common import NORMAL, TOLERANCE, render, student
 from benchmarks.sweep_points import ABLATIONS, SCARCE_TOPK, Point, plan
@@ -193,10 +194,13 @@ def draw_topk(table: list[dict], base: Point, path: Path) -> None:
         share = [line["share_gap"] for line in table]
         axes[1].errorbar(ks, [e.mean for e in share], [e.error for e in share], color=COLORS["dsa"], marker="o")
     axes[1].axhline(0, color=COLORS["dense"], linewidth=1)
-    axes[1].set_ylabel("tokens of look-ups right, minus dense (points)")
-    for name, color, label in (("mass", "dsa", "indexer's k keys"), ("oracle_mass", "oracle", "best k keys")):
+    axes[1].set_ylabel("look-up tokens right, minus dense (points)")
+    for name, color, marker, label in (
+        ("mass", "dsa", "o", "indexer's k keys"),
+        ("oracle_mass", "oracle", "s", "best k keys"),
+    ):
         values = np.array([line[name] for line in table])
-        axes[2].errorbar(ks, values[:, 0], values[:, 1], color=COLORS[color], marker="o", label=label)
+        axes[2].errorbar(ks, values[:, 0], values[:, 1], color=COLORS[color], marker=marker, label=label)
     axes[2].set_ylabel("mass@k, share of attention")
     axes[2].legend()
     for axis in axes:
@@ -225,19 +229,22 @@ def draw_indexer(tables: dict[int, list[dict]], path: Path) -> None:
                 label=f"k = {topk}",
             )
             front = pareto(table, cost)
-            axis.step(
-                [line[cost] for line in front], [line["gap"].mean for line in front], where="post", color=COLORS[color]
-            )
+            steps = [line[cost] for line in front], [line["gap"].mean for line in front]
+            axis.step(*steps, where="post", color=COLORS[color], linewidth=1, linestyle="--", alpha=0.6)
             for line in table:
                 axis.annotate(
                     line["size"], (line[cost], line["gap"].mean), (4, 4), textcoords="offset points", fontsize=7
                 )
         axis.set_xscale("log", base=2)
+        axis.margins(x=0.12)  # for the labels
+        axis.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 3)) if cost == "flops" else LogLocator(base=2))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.minorticks_off()
         axis.axhline(0, color=COLORS["dense"], linewidth=1)
         axis.set_xlabel(f"indexer: {label}")
         axis.legend()
     axes[0].set_ylabel("answer loss minus dense (nats a token)")
-    figure.suptitle("Quality against the indexer's cost, heads × size (bars: ± one standard error; line: Pareto front)")
+    figure.suptitle("Quality against the indexer's cost, heads × size (bars: ± standard error; dashed: Pareto front)")
     save(figure, path)
 
 
@@ -315,6 +322,7 @@ def write_report(sweep: dict, folder: Path) -> None:
         "topk_verdicts": verdicts(topk, "gap"),
         "indexer": indexer,
         "indexer_verdicts": {k: verdicts(table, "change") for k, table in indexer.items()},
+        "base_flops": indexer_cost(base.n_heads, base.head_dim, sweep["hidden_size"], sweep["context"])["flops"],
         "fronts": {
             k: {cost: [line["size"] for line in pareto(table, cost)] for cost in ("flops", "bytes")}
             for k, table in indexer.items()
