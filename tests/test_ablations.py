@@ -128,6 +128,12 @@ def test_dense_layers_have_no_indexer(dense_model, ids):
     assert error_ratio(model(ids).logits, sparse(ids).logits) > 0.01
 
 
+@pytest.mark.parametrize("layer", [3, -4])
+def test_a_dense_layer_that_does_not_exist_is_an_error(dense_model, layer):
+    with pytest.raises(ValueError, match="index_dense_layers"):
+        from_dense(dense_model, topk=6, n_heads=4, head_dim=HEAD_DIM, index_dense_layers=[layer])
+
+
 def test_layers_share_a_selection_and_its_loss(dense_model, ids):
     model = build(dense_model, "shared_2")
     assert [layer.self_attn.indexer is None for layer in model.model.layers] == [False, True, False]
