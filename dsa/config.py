@@ -22,8 +22,8 @@ class Qwen2DSAConfig(Qwen2Config):
     index_relu, index_key_norm, index_detach (`bool`): the paper's ReLU between products and weights, LayerNorm on the
         index key, and detached input of the indexer; off for ablations.
     index_dense_layers (`list[int]`, *optional*): layers without an indexer, dense in sparse mode too; -1 is the last.
-    index_share (`int`): so many neighbouring layers use the selection of the first of them, whose indexer learns from
-        the attention of all.
+    index_share (`int`): so many neighbouring layers use the selection of the first of them that is not dense, whose
+        indexer learns from the attention of all.
     index_per_kv_head (`bool`): each key-value head has its own share of the index heads, and its own selection.
     attention_mode (`str`): "dense" attends to every earlier token, "sparse" to the selected ones.
     selector (`str`): what scores the keys in sparse mode. "indexer" is DSA; the others are controls on the same code

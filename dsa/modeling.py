@@ -73,7 +73,9 @@ class Qwen2DSAAttention(Qwen2Attention):
 
     def __init__(self, config: Qwen2DSAConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.leader = layer_idx - layer_idx % config.index_share  # whose selection this layer uses
+        # Whose selection this layer uses
+        group = range(layer_idx - layer_idx % config.index_share, layer_idx)
+        self.leader = next((i for i in group if i not in config.index_dense_layers), layer_idx)
         self.dense = layer_idx in config.index_dense_layers
         indexed = config.index_n_heads and self.leader == layer_idx and not self.dense
         self.indexer = LightningIndexer(config, layer_idx) if indexed else None

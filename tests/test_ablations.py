@@ -154,6 +154,13 @@ def test_layers_share_a_selection_and_its_loss(dense_model, ids):
         assert error_ratio(model.get_parameter(name).grad, gradient) < 1e-4, name
 
 
+def test_a_dense_layer_leaves_the_lead_to_the_next(dense_model, ids):
+    model = from_dense(dense_model, topk=6, n_heads=4, head_dim=HEAD_DIM, index_share=3, index_dense_layers=[0])
+    assert [layer.self_attn.indexer is None for layer in model.model.layers] == [True, False, True]
+    layers = watch(model, ids)
+    assert list(layers) == [1, 2] and torch.equal(layers[1][-1], layers[2][-1])
+
+
 @pytest.mark.parametrize("name", ["none", "shared_2"])
 def test_selections_are_kept_for_other_layers_only_where_some_share(dense_model, ids, name):
     model, kept = build(dense_model, name), []
