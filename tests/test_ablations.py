@@ -171,6 +171,16 @@ def test_selections_are_kept_for_other_layers_only_where_some_share(dense_model,
     assert kept == [[0] if name == "shared_2" else None]
 
 
+def test_heads_that_select_for_themselves_take_a_mask_of_one_row_for_the_batch(dense_model, ids):
+    model = build(dense_model, "per_kv_head")
+    packed = torch.cat([torch.arange(25), torch.arange(15)])[None]
+    causal = torch.ones(1, 1, 40, 40, dtype=torch.bool).tril()
+    for name, mask in (("position_ids", packed), ("attention_mask", causal)):
+        each = mask.expand(2, *mask.shape[1:])
+        one, two = (model(ids, **{name: m}, output_indexer_kl=True) for m in (mask, each))
+        assert torch.equal(one.logits, two.logits) and torch.equal(one.indexer_kl, two.indexer_kl), name
+
+
 def test_each_kv_head_selects_for_itself(dense_model, ids):
     model = build(dense_model, "per_kv_head")
     index, q, k, _, indices = watch(model, ids)[0]
