@@ -45,6 +45,7 @@ class Buffer:
             and tensor.data_ptr() == storage.data_ptr()
             and tensor.stride() == storage.stride()
             and tensor.dtype == storage.dtype
+            and (torch.is_inference_mode_enabled() or not storage.is_inference())  # which nothing may write to outside
         )
 
 

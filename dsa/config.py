@@ -47,7 +47,10 @@ class Qwen2DSAConfig(Qwen2Config):
         if self.index_rope_dim is None:
             self.index_rope_dim = self.index_head_dim // 2
         layers = self.num_hidden_layers
-        self.index_dense_layers = [layer % layers for layer in self.index_dense_layers or ()]
+        dense = self.index_dense_layers or ()
+        if any(not -layers <= layer < layers for layer in dense):
+            raise ValueError(f"index_dense_layers: {dense} names a layer that {layers} layers do not have")
+        self.index_dense_layers = [layer % layers for layer in dense]
         super().__post_init__(**kwargs)
         if self.use_sliding_window:
             raise ValueError("use_sliding_window: DSA replaces sliding windows")

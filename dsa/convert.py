@@ -1,5 +1,6 @@
 """From a dense Qwen2 checkpoint to a DSA model."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -58,5 +59,5 @@ def from_dense(
     missing = [name for name in missing if ".indexer." not in name]
     if missing or unexpected:
         raise ValueError(f"from_dense: weights do not fit: missing {missing}, unexpected {unexpected}")
-    model.generation_config = dense.generation_config
+    model.generation_config = deepcopy(dense.generation_config)
     return model.train(dense.training)

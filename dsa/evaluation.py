@@ -88,7 +88,8 @@ class SelectionStatistics:
     """Observer: per layer, how much of dense attention the top-k keys hold, and how many of the best k they are.
 
     mass: attention mass on the k keys with the largest index scores; oracle_mass: on the k best keys;
-    recall: the share of the k best keys among the selected. Means over the queries that see more than k keys.
+    recall: the share of the k best keys among the selected. Means over the queries that see more than k keys; 1 where
+    there are none, for they select all that they see.
     """
 
     def __init__(self, topk: int):
@@ -112,7 +113,7 @@ class SelectionStatistics:
             sums["oracle_mass"] += (p * best).sum(-1)[rows].sum().item()
             sums["recall"] += ((ours & best).sum(-1) / self.topk)[rows].sum().item()
             count += rows.sum().item()
-        self.layers.append({name: total / max(count, 1) for name, total in sums.items()})
+        self.layers.append({name: total / count if count else 1.0 for name, total in sums.items()})
 
 
 @torch.no_grad()

@@ -32,9 +32,9 @@ class Visibility:
         length: T.
         keys: S, including cache slots that are not filled yet (causality hides them).
         offset: number of keys that came before the first query.
-        key_mask: [B, S] bool, False at padding; None if there is none.
-        documents: [B, S] document of each token, for packed rows without cache; None if there is one.
-        explicit: [B, 1, T, S] bool, True where a query sees a key; replaces all of the above.
+        key_mask: [B or 1, S] bool, False at padding; None if there is none.
+        documents: [B or 1, S] document of each token, for packed rows without cache; None if there is one.
+        explicit: [B or 1, 1, T, S] bool, True where a query sees a key; replaces all of the above.
         dense_mask: what transformers' own attention functions take for the same; unused in sparse mode.
     """
 
@@ -52,9 +52,9 @@ class Visibility:
         return self.explicit is None and self.key_mask is None and self.documents is None
 
     def repeat(self, times: int) -> "Visibility":
-        """Of a batch in which each row comes so many times, one after the other."""
+        """Of a batch in which each row comes so many times, one after the other. Masks of one row are for all rows."""
         masks = {name: getattr(self, name) for name in ("key_mask", "documents", "explicit")}
-        rows = {name: m.repeat_interleave(times, dim=0) for name, m in masks.items() if m is not None}
+        rows = {name: m.repeat_interleave(times, dim=0) for name, m in masks.items() if m is not None and len(m) > 1}
         return replace(self, **rows)
 
     def slabs(self, batch: int, heads: int) -> Iterator[Slab]:

@@ -29,7 +29,8 @@ def supports_bf16() -> bool:
     """Whether bfloat16 matrix products are fast here; on a CPU without them autocast would only cost precision."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
+    # In this order: builds for other processors have no mkldnn to ask
+    return torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Rows(Dataset):

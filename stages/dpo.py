@@ -30,12 +30,15 @@ LOGGED = ("loss", "rewards/accuracies", "rewards/margins", "kl", "learning_rate"
 
 def on_disk(pairs: list[dict], folder: Path) -> Dataset:
     """The pairs where every process finds them: TRL keeps the reference's log-probabilities beside them, one process
-    writes and all read."""
-    with PartialState().main_process_first():
-        if not folder.exists():
+    writes and all read. Raises ParamsError on a node that does not see the first one's files."""
+    state = PartialState()
+    with state.main_process_first():
+        if state.is_main_process and not folder.exists():
             partial = folder.with_suffix(".partial")  # whole or not there: a run that was killed leaves no broken one
             as_dataset(pairs).save_to_disk(partial)
             partial.rename(folder)
+    if not folder.exists():
+        raise params.ParamsError(f"DSA_SCRATCH: {folder} is not there: nodes need a folder that they share")
     return Dataset.load_from_disk(folder)
 
 

@@ -195,7 +195,8 @@ def retrieval(model: Qwen2DSAForCausalLM, tokenizer, grid) -> list[dict]:
 
 
 def selection(model: Qwen2DSAForCausalLM, rows: list[dict], topk: int) -> dict[str, list[float]]:
-    """Mass@k, the oracle's mass@k and recall@k of each layer, means over the rows that are longer than k."""
+    """Mass@k, oracle's mass@k and recall@k of each layer, means over the rows of more than k tokens; 1 if none is."""
+    rows = [row for row in rows if len(row["input_ids"]) > topk] or rows[:1]
     each = [attention_mass(model, torch.tensor([r["input_ids"]], device=model.device), topk) for r in rows]
     return {name: [round(float(x), 4) for x in np.mean([e[name] for e in each], axis=0)] for name in each[0]}
 

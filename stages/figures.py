@@ -160,21 +160,20 @@ def training_curves(curves: dict[str, pd.DataFrame], path: Path) -> None:
     left.legend()
     begun = curves["warmup"]["step"].max() if len(curves["warmup"]) else 0
     for stage, arm, start in (("warmup", "warmup", 0), ("sparse", "dsa", begun)):
+        if "kl" not in curves[stage]:  # the indexer was frozen
+            continue
         name = "dense warm-up, over all keys" if stage == "warmup" else "sparse training, over selected keys"
         middle.plot(curves[stage]["step"] + start, curves[stage]["kl"], color=COLORS[arm], label=name)
     middle.set_ylabel("indexer KL (nats, mean of layers)")
     middle.set_yscale("log")
     plain_log(middle.yaxis)
     middle.legend()
-    layers = [c for c in curves["sparse"] if c.startswith("mass_layer_")]
-    for i, name in enumerate(layers):
-        mass = pd.concat(
-            [
-                curves["warmup"].reindex(columns=["step", name]),
-                curves["sparse"][["step", name]].assign(step=lambda c: c["step"] + begun),
-            ]
-        )
-        mass = mass.dropna()
+    names = {c for stage in ("warmup", "sparse") for c in curves[stage] if c.startswith("mass_layer_")}
+    layers = sorted(int(name.removeprefix("mass_layer_")) for name in names)
+    for i in layers:
+        name = f"mass_layer_{i}"
+        warmup, sparse = (curves[stage].reindex(columns=["step", name]).dropna() for stage in ("warmup", "sparse"))
+        mass = pd.concat([warmup, sparse.assign(step=lambda c: c["step"] + begun)])
         shade = plt.cm.viridis(i / max(1, len(layers) - 0.5))
         right.plot(mass["step"], mass[name], marker=".", color=shade, label=f"layer {i}")
     right.axvline(begun, color="#999999", linestyle=":")

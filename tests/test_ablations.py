@@ -111,6 +111,22 @@ def test_dense_layers_have_no_indexer(dense_model, ids):
     assert error_ratio(model(ids).logits, sparse(ids).logits) > 0.01
 
 
+@pytest.mark.parametrize("layer", [3, -4])
+def test_a_dense_layer_that_does_not_exist_is_an_error(dense_model, layer):
+    with pytest.raises(ValueError, match="index_dense_layers"):
+        from_dense(dense_model, topk=6, n_heads=4, head_dim=HEAD_DIM, index_dense_layers=[layer])
+
+
+def test_heads_that_select_for_themselves_take_a_mask_of_one_row_for_the_batch(dense_model, ids):
+    model = build(dense_model, "per_kv_head")
+    packed = torch.cat([torch.arange(25), torch.arange(15)])[None]
+    causal = torch.ones(1, 1, 40, 40, dtype=torch.bool).tril()
+    for name, mask in (("position_ids", packed), ("attention_mask", causal)):
+        each = mask.expand(2, *mask.shape[1:])
+        one, two = (model(ids, **{name: m}, output_indexer_kl=True) for m in (mask, each))
+        assert torch.equal(one.logits, two.logits) and torch.equal(one.indexer_kl, two.indexer_kl), name
+
+
 def test_each_kv_head_selects_for_itself(dense_model, ids):
     model = build(dense_model, "per_kv_head")
     index, q, k, _, indices = watch(model, ids)[0]

@@ -81,6 +81,15 @@ def test_a_copy_of_a_cache_is_apart_from_it():
     assert same(layer, reference[0]) and same(other, reference[1])
 
 
+def test_what_inference_mode_began_goes_on_outside_of_it(dense_model, ids):
+    model = from_dense(dense_model, topk=8, n_heads=2, head_dim=8)
+    with torch.inference_mode():
+        cache = model(ids[:, :30], use_cache=True).past_key_values
+    with torch.no_grad():
+        rest = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(30, 40)]
+        assert torch.allclose(torch.cat(rest, dim=1), model(ids).logits[:, 30:], atol=1e-4)
+
+
 def test_gradients_flow_through_a_cache_where_they_are_wanted():
     layer = GrowingIndexedLayer()
     keys, values, _ = tokens(3)

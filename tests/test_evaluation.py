@@ -4,6 +4,7 @@ from dsa import from_dense
 from dsa.data import IGNORE
 from dsa.evaluation import answer_spans, attention_mass, correct, evidence_distance, predict
 from dsa.losses import attention_target
+from stages.evaluate import selection
 
 
 def test_predictions_are_those_of_the_model(dense_model, ids):
@@ -53,3 +54,10 @@ def test_mass_of_a_perfect_indexer_is_the_oracles(dense_model, ids, monkeypatch)
     monkeypatch.setattr("dsa.evaluation.index_scores", perfect)
     best = attention_mass(model, ids, 6)
     assert best["mass"] == best["oracle_mass"] and best["recall"] == [1.0] * 3
+
+
+def test_rows_that_are_not_longer_than_k_do_not_count_as_missed(dense_model, ids):
+    model = from_dense(dense_model, topk=6, n_heads=2, head_dim=8)
+    long, short = {"input_ids": ids[0].tolist()}, {"input_ids": ids[1, :6].tolist()}
+    assert selection(model, [long, short], 6) == selection(model, [long], 6)
+    assert selection(model, [short, short], 6) == {name: [1.0] * 3 for name in ("mass", "oracle_mass", "recall")}

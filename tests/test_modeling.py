@@ -162,6 +162,12 @@ def test_conversion_keeps_every_bit(dense_model, tmp_path):
     assert not torch.equal(model.get_parameter(key.replace(".1.", ".0.")), model.get_parameter(key))
 
 
+def test_conversion_leaves_the_dense_models_generation_settings_alone(dense_model):
+    model = from_dense(dense_model, topk=7, n_heads=2, head_dim=8)
+    model.generation_config.eos_token_id = [5, 6]  # as training sets it
+    assert dense_model.generation_config.eos_token_id == 1
+
+
 def test_conversion_of_something_else_is_an_error(dense_model, tmp_path):
     with pytest.raises(ValueError, match="qwen2_dsa"):
         from_dense(from_dense(dense_model, topk=3, **TINY), topk=3, **TINY)

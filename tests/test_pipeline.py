@@ -204,6 +204,7 @@ def smoke(clone, no_identity):
 def test_smoke_runs_every_stage_and_writes_the_report(smoke):
     report = (smoke / "reports/report.md").read_text()
     assert "Profile `smoke`" in report and "{{" not in report
+    assert not [line for line in report.splitlines() if line.startswith("|") and line != line.rstrip()]
     html = (smoke / "reports/report.html").read_text()
     assert html.count("data:image/png;base64,") == report.count("](figures/") >= 6
     assert 'src="figures' not in html

@@ -1,6 +1,8 @@
 """DPO under TRL: the loss is the brief's, the forward is the DSA one, what is frozen stays frozen."""
 
 import copy
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from dsa.modeling import Qwen2DSAAttention
 from dsa.preference import DSADPOTrainer, answer_log_probs, as_dataset, score_pair, tokenize_pair
 from dsa.training import freeze
 from stages.dpo import on_disk
+from stages.params import ParamsError
 from tests.conftest import ROOT, error_ratio
 
 BETA = 0.3
@@ -199,6 +202,15 @@ def test_a_save_that_is_cut_short_is_made_again(tmp_path, monkeypatch):
         on_disk(pairs(), folder)
     for _ in range(2):  # made, then found
         assert on_disk(pairs(), folder).to_list() == as_dataset(pairs()).to_list()
+
+
+def test_a_node_of_its_own_file_system_says_so_and_writes_nothing(tmp_path, monkeypatch):
+    """Its processes would all write the same files at once, and TRL would miss the log-probabilities afterwards."""
+    other = SimpleNamespace(is_main_process=False, main_process_first=nullcontext)
+    monkeypatch.setattr("stages.dpo.PartialState", lambda: other)
+    with pytest.raises(ParamsError, match="DSA_SCRATCH"):
+        on_disk(pairs(), tmp_path / "pairs")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("mode", ["dense", "sparse"])

@@ -1,6 +1,7 @@
 """What is frozen, which loss, and that nothing depends on how a batch is cut."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from transformers import TrainingArguments
 
 from dsa import from_dense
 from dsa.data import IGNORE, Collator
-from dsa.training import DSATrainer, Rows, freeze
+from dsa.training import DSATrainer, Rows, freeze, supports_bf16
 
 
 def examples(count=8):
@@ -124,3 +125,11 @@ def test_bug_3_without_indexer_training_no_indexer_gradient_exists(dense_model, 
     freeze(model, backbone=False, indexer=True)
     model(ids, labels=ids).loss.backward()
     assert all(p.grad is None for p in model.indexer_parameters())
+
+
+def test_a_processor_without_mkldnn_trains_in_float32(monkeypatch):
+    """PyTorch for Apple's or Arm's processors is built without it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    assert not supports_bf16()
