@@ -234,7 +234,7 @@ class Qwen2DSAModel(Qwen2DSAPreTrainedModel, Qwen2Model):
 
 @dataclass
 class DSACausalLMOutput(CausalLMOutputWithPast):
-    """With `indexer_kl` [layers], each the mean over valid query positions, where the forward was asked for it."""
+    """With `indexer_kl` [layers with an indexer], each the mean over valid query positions, where it was asked for."""
 
     indexer_kl: torch.FloatTensor | None = None
 
@@ -256,6 +256,11 @@ class Qwen2DSAForCausalLM(Qwen2DSAPreTrainedModel, Qwen2ForCausalLM):
         indexer_loss = IndexerLoss()
         outputs = super().forward(*args, observer=indexer_loss, **kwargs)
         return DSACausalLMOutput(**outputs, indexer_kl=torch.stack(indexer_loss.kl))
+
+    @property
+    def indexed_layers(self) -> list[int]:
+        """The layers that have an indexer: those that `indexer_kl` and an observer speak of, in this order."""
+        return [i for i, layer in enumerate(self.model.layers) if layer.self_attn.indexer is not None]
 
     def indexer_parameters(self) -> list[torch.nn.Parameter]:
         return [p for name, p in self.named_parameters() if ".indexer." in name]

@@ -32,7 +32,9 @@ def split_batch(batch_size: int) -> tuple[int, int]:
 
     The first is DSA_MICRO_BATCH or 1: what fits is the machine's business, the global batch the params'.
     """
-    micro, world = int(os.environ.get("DSA_MICRO_BATCH", 1)), int(os.environ.get("WORLD_SIZE", 1))
+    asked, world = os.environ.get("DSA_MICRO_BATCH", "1"), int(os.environ.get("WORLD_SIZE", 1))
+    if not asked.isdecimal() or not (micro := int(asked)):
+        raise ParamsError(f"DSA_MICRO_BATCH: {asked!r} is not a number of rows")
     if batch_size % (micro * world):
         raise ParamsError(f"batch_size: {batch_size} rows cannot be split over {world} processes of {micro} rows")
     return micro, batch_size // (micro * world)

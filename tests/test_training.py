@@ -9,7 +9,9 @@ from transformers import TrainingArguments
 
 from dsa import from_dense
 from dsa.data import IGNORE, Collator
-from dsa.training import DSATrainer, Rows, freeze, supports_bf16
+from dsa.training import DSATrainer, MassProbe, Rows, freeze, supports_bf16
+from stages.params import ParamsError
+from stages.training import split_batch
 
 
 def examples(count=8):
@@ -68,6 +70,15 @@ def test_each_stage_trains_its_part_and_nothing_else(dense_model, tmp_path, stag
     (first, *_) = (log for log in trainer.state.log_history if "loss" in log)
     assert ("lm_loss" in first) is (stage != "warmup")
     assert ("kl" in first) is (stage in ("warmup", "sparse"))
+
+
+def test_losses_and_mass_have_the_numbers_of_their_layers(dense_model, tmp_path):
+    """Layer 0 is dense here: it has neither."""
+    model = from_dense(dense_model, topk=6, n_heads=4, head_dim=8, index_dense_layers=[0])
+    assert model.indexed_layers == [1, 2]
+    trainer = train(model, tmp_path, callbacks=[MassProbe(examples()[0], every=1)])
+    logged = {name for log in trainer.state.log_history for name in log}
+    assert {n for n in logged if "_layer_" in n} == {f"{n}_layer_{i}" for n in ("kl", "mass") for i in (1, 2)}
 
 
 def test_bug_18_warmup_keeps_no_optimizer_state_of_the_backbone(dense_model, tmp_path):
@@ -133,3 +144,18 @@ def test_a_processor_without_mkldnn_trains_in_float32(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
     assert not supports_bf16()
+
+
+@pytest.mark.parametrize("asked", ["0", "two", "-1", ""])
+def test_a_micro_batch_that_is_no_number_of_rows_is_named(monkeypatch, asked):
+    monkeypatch.setenv("DSA_MICRO_BATCH", asked)
+    with pytest.raises(ParamsError, match="DSA_MICRO_BATCH"):
+        split_batch(4)
+
+
+def test_the_global_batch_is_split_over_processes(monkeypatch):
+    monkeypatch.setenv("DSA_MICRO_BATCH", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert split_batch(16) == (2, 2)
+    with pytest.raises(ParamsError, match="12 rows cannot be split over 4 processes of 2"):
+        split_batch(12)
