@@ -12,8 +12,6 @@ def variants(head_dim: int) -> dict[str, dict]:
         "rope_none": {"index_rope_dim": 0},
         "rope_all": {"index_rope_dim": head_dim},
         "no_kl": {},
-        "dense_first": {"index_dense_layers": [0]},
-        "dense_ends": {"index_dense_layers": [0, -1]},
         "per_kv_head": {"index_per_kv_head": True},
     }
 

@@ -19,7 +19,6 @@ class Qwen2DSAConfig(Qwen2Config):
     index_key_dtype (`str`, *optional*): "int8" rounds index keys, each by its own scale, outside of training: half the
         bytes of bfloat16 in the cache, and on a CPU about half the time to score at long contexts. By default they
         have the model's type.
-    index_dense_layers (`list[int]`, *optional*): layers without an indexer, dense in sparse mode too; -1 is the last.
     index_per_kv_head (`bool`): each key-value head has its own share of the index heads, and its own selection.
     attention_mode (`str`): "dense" attends to every earlier token, "sparse" to the selected ones.
     selector (`str`): what scores the keys in sparse mode. "indexer" is DSA; the others are controls on the same code
@@ -35,7 +34,6 @@ class Qwen2DSAConfig(Qwen2Config):
     index_head_dim: int = 64
     index_rope_dim: int | None = None
     index_key_dtype: str | None = None
-    index_dense_layers: list[int] | None = None
     index_per_kv_head: bool = False
     attention_mode: str = "sparse"
     selector: str = "indexer"
@@ -46,11 +44,6 @@ class Qwen2DSAConfig(Qwen2Config):
         self.layer_types = ["indexed_attention"] * self.num_hidden_layers
         if self.index_rope_dim is None:
             self.index_rope_dim = self.index_head_dim // 2
-        layers = self.num_hidden_layers
-        dense = self.index_dense_layers or ()
-        if any(not -layers <= layer < layers for layer in dense):
-            raise ValueError(f"index_dense_layers: {dense} names a layer that {layers} layers do not have")
-        self.index_dense_layers = [layer % layers for layer in dense]
         super().__post_init__(**kwargs)
         if self.use_sliding_window:
             raise ValueError("use_sliding_window: DSA replaces sliding windows")

@@ -73,8 +73,7 @@ class Qwen2DSAAttention(Qwen2Attention):
 
     def __init__(self, config: Qwen2DSAConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.dense = layer_idx in config.index_dense_layers
-        self.indexer = LightningIndexer(config, layer_idx) if config.index_n_heads and not self.dense else None
+        self.indexer = LightningIndexer(config, layer_idx) if config.index_n_heads else None
 
     def forward(
         self,
@@ -87,7 +86,7 @@ class Qwen2DSAAttention(Qwen2Attention):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         visible = attention_mask
-        sparse = self.config.attention_mode == "sparse" and not self.dense
+        sparse = self.config.attention_mode == "sparse"
         B, T, _ = hidden_states.shape
         q = self.q_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
         k = self.k_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
@@ -109,7 +108,7 @@ class Qwen2DSAAttention(Qwen2Attention):
             q, k = q.to(v.dtype), k.to(v.dtype)  # RoPE leaves float32 under autocast
             indices = self.select(index, q, k, visible)
             out = sparse_attention(q, k, v, indices, self.scaling).reshape(B, -1, T, self.head_dim).transpose(1, 2)
-        if observer is not None and not self.dense:
+        if observer is not None:
             observer.observe(self, index, q, k, visible, indices)
         return self.o_proj(out.reshape(B, T, -1).contiguous()), weights
 
@@ -221,7 +220,7 @@ class Qwen2DSAModel(Qwen2DSAPreTrainedModel, Qwen2Model):
             starts = torch.nn.functional.pad(packed.diff(dim=-1) != 1, (1, 0))
             if starts.any():
                 documents = starts.cumsum(-1)
-        if self.config.attention_mode == "dense" or self.config.index_dense_layers:
+        if self.config.attention_mode == "dense":
             dense_mask = create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
@@ -234,7 +233,7 @@ class Qwen2DSAModel(Qwen2DSAPreTrainedModel, Qwen2Model):
 
 @dataclass
 class DSACausalLMOutput(CausalLMOutputWithPast):
-    """With `indexer_kl` [layers with an indexer], each the mean over valid query positions, where it was asked for."""
+    """With `indexer_kl` [layers], each the mean over valid query positions, where the forward was asked for it."""
 
     indexer_kl: torch.FloatTensor | None = None
 
@@ -256,11 +255,6 @@ class Qwen2DSAForCausalLM(Qwen2DSAPreTrainedModel, Qwen2ForCausalLM):
         indexer_loss = IndexerLoss()
         outputs = super().forward(*args, observer=indexer_loss, **kwargs)
         return DSACausalLMOutput(**outputs, indexer_kl=torch.stack(indexer_loss.kl))
-
-    @property
-    def indexed_layers(self) -> list[int]:
-        """The layers that have an indexer: those that `indexer_kl` and an observer speak of, in this order."""
-        return [i for i, layer in enumerate(self.model.layers) if layer.self_attn.indexer is not None]
 
     def indexer_parameters(self) -> list[torch.nn.Parameter]:
         return [p for name, p in self.named_parameters() if ".indexer." in name]

@@ -124,7 +124,7 @@ class DSATrainer(SplitOptimizer, Trainer):
             kl = outputs.indexer_kl * (inputs["attention_mask"].sum() / self.positions_in_batch)
             loss = loss + kl.sum()
             self._note("kl", kl.mean())
-            for i, value in zip(self.model.indexed_layers, kl, strict=True):
+            for i, value in enumerate(kl):
                 self._note(f"kl_layer_{i}", value)
         loss = loss * self.accelerator.num_processes  # DDP takes the mean of the gradients
         return (loss, outputs) if return_outputs else loss
@@ -153,8 +153,7 @@ class MassProbe(TrainerCallback):
         if state.global_step % self.every == 0 or state.global_step in (1, state.max_steps):
             mass = attention_mass(model, self.ids.to(model.device), self.ids.shape[1] // 8)
             state.log_history.append(
-                {"step": state.global_step}
-                | {f"mass_layer_{i}": m for i, m in zip(model.indexed_layers, mass["mass"], strict=True)}
+                {"step": state.global_step} | {f"mass_layer_{i}": m for i, m in enumerate(mass["mass"])}
             )
 
 

@@ -162,7 +162,6 @@ def main(group: str) -> None:
             metrics["retrieval"] = retrieval(model, tokenizer, p.evaluate.retrieval)
         if group in ("warmup", "dsa"):
             metrics["selection"] = selection(model, rows[: p.evaluate.statistics_rows], p.topk)
-            metrics["indexed_layers"] = model.indexed_layers
         if group == "dsa":
             metrics["topk_sweep"] = {}
             for topk in sorted({*p.evaluate.topk_sweep, p.topk}):

@@ -131,10 +131,9 @@ def quality_by_topk(sweep: pd.DataFrame, dense: dict, window_trained: dict, topk
     save(figure, path)
 
 
-def mass_by_layer(selections: dict[str, dict], indexed: list[int], topk: int, path: Path) -> None:
-    """indexed: the numbers of the layers that have an indexer."""
+def mass_by_layer(selections: dict[str, dict], topk: int, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    layers = np.array(indexed)
+    layers = np.arange(len(selections["dsa"]["mass"]))
     for shift, (arm, values) in zip((-0.25, 0.05), selections.items(), strict=True):
         left.bar(layers + shift, values["mass"], width=0.28, color=COLORS[arm], label=f"indexer, {LABELS[arm]}")
         right.bar(layers + shift, values["recall"], width=0.28, color=COLORS[arm], label=LABELS[arm])

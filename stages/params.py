@@ -21,7 +21,7 @@ Sources = Annotated[
 ]
 
 # Names of dsa/ablations.py, which takes seconds to import.
-Ablation = Literal["none", "rope_none", "rope_all", "no_kl", "dense_first", "dense_ends", "per_kv_head"]
+Ablation = Literal["none", "rope_none", "rope_all", "no_kl", "per_kv_head"]
 
 
 class Section(BaseModel):

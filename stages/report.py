@@ -91,19 +91,17 @@ def draw(
     predictions: Predictions,
     tables: dict,
     selections: dict,
-    indexed: list[int],
     curves: dict,
     cost: dict,
     histogram: dict[str, int],
     base: dict | None,
 ) -> None:
-    """All figures. indexed: the layers with an indexer. histogram: rows by tokens. base: the metrics of the embedded
-    base model, None for another base."""
+    """All figures. histogram: rows by tokens. base: the metrics of the embedded base model, None for another base."""
     arms = {arm: predictions.nll(arm) for arm in TRAINED}
     figures.loss_by_position(arms, predictions.positions, predictions.rows, p.topk, FIGURES / "loss_by_position.png")
     sweep = pd.DataFrame(tables["sweep"])
     figures.quality_by_topk(sweep, **tables["sweep_reference"], topk=p.topk, path=FIGURES / "quality_by_topk.png")
-    figures.mass_by_layer(selections, indexed, p.topk, FIGURES / "mass_by_layer.png")
+    figures.mass_by_layer(selections, p.topk, FIGURES / "mass_by_layer.png")
     figures.training_curves(curves, FIGURES / "training_curves.png")
     if len(distance := predictions.arrays["lookup_distance"]):
         shares = {arm: predictions.arrays[f"share_{arm}"] for arm in TRAINED}
@@ -172,8 +170,7 @@ def main() -> None:
     selections = {"warmup": evaluations["warmup"]["selection"], "dsa": evaluations["dsa"]["selection"]}
     FIGURES.mkdir(parents=True, exist_ok=True)
     base = json.loads(Path(EMBEDDED, "pretrain.json").read_text()) if EMBEDDED in p.model.source else None
-    indexed = evaluations["dsa"]["indexed_layers"]
-    draw(p, predictions, tables, selections, indexed, curves, cost, data["filter"]["length_histogram"], base)
+    draw(p, predictions, tables, selections, curves, cost, data["filter"]["length_histogram"], base)
     rows = {row["arm"]: row for table in ("trained", "untrained") for row in tables[table]}
     summary = {
         "loss": {arm: round(rows[arm]["loss"], 4) for arm in rows},

@@ -78,7 +78,7 @@ def test_gradients_of_the_two_losses(dense_model, ids, name, mode):
     assert all(p.grad is None or not p.grad.any() for p in model.backbone_parameters())
 
 
-@pytest.mark.parametrize("name", ["none", "per_kv_head", "dense_ends"])
+@pytest.mark.parametrize("name", ["none", "per_kv_head"])
 def test_checkpointing_changes_no_gradient(dense_model, ids, name):
     model = build(dense_model, name).train()
     gradients = []
@@ -99,22 +99,6 @@ def test_rope_share(dense_model, ids):
     assert torch.equal(none[1], moved[1])  # keys do not know where they are
     moved = watch(build(dense_model, "rope_all"), ids, position_ids=later)[0][0]
     assert not torch.isclose(moved[1], watch(build(dense_model, "rope_all"), ids)[0][0][1]).all(0).all(0).any()
-
-
-def test_dense_layers_have_no_indexer(dense_model, ids):
-    model = build(dense_model, "dense_ends", topk=3)
-    assert [layer.self_attn.indexer is None for layer in model.model.layers] == [True, False, True]
-    layers = watch(model, ids)
-    assert list(layers) == [1] and layers[1][-1].shape[-1] == 3
-    assert len(model(ids, output_indexer_kl=True).indexer_kl) == 1
-    sparse = build(dense_model, "none", topk=3)
-    assert error_ratio(model(ids).logits, sparse(ids).logits) > 0.01
-
-
-@pytest.mark.parametrize("layer", [3, -4])
-def test_a_dense_layer_that_does_not_exist_is_an_error(dense_model, layer):
-    with pytest.raises(ValueError, match="index_dense_layers"):
-        from_dense(dense_model, topk=6, n_heads=4, head_dim=HEAD_DIM, index_dense_layers=[layer])
 
 
 def test_heads_that_select_for_themselves_take_a_mask_of_one_row_for_the_batch(dense_model, ids):

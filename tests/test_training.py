@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from dsa import from_dense
 from dsa.data import IGNORE, Collator
-from dsa.training import DSATrainer, MassProbe, Rows, freeze, supports_bf16
+from dsa.training import DSATrainer, Rows, freeze, supports_bf16
 from stages.params import ParamsError
 from stages.training import split_batch
 
@@ -70,15 +70,6 @@ def test_each_stage_trains_its_part_and_nothing_else(dense_model, tmp_path, stag
     (first, *_) = (log for log in trainer.state.log_history if "loss" in log)
     assert ("lm_loss" in first) is (stage != "warmup")
     assert ("kl" in first) is (stage in ("warmup", "sparse"))
-
-
-def test_losses_and_mass_have_the_numbers_of_their_layers(dense_model, tmp_path):
-    """Layer 0 is dense here: it has neither."""
-    model = from_dense(dense_model, topk=6, n_heads=4, head_dim=8, index_dense_layers=[0])
-    assert model.indexed_layers == [1, 2]
-    trainer = train(model, tmp_path, callbacks=[MassProbe(examples()[0], every=1)])
-    logged = {name for log in trainer.state.log_history for name in log}
-    assert {n for n in logged if "_layer_" in n} == {f"{n}_layer_{i}" for n in ("kl", "mass") for i in (1, 2)}
 
 
 def test_bug_18_warmup_keeps_no_optimizer_state_of_the_backbone(dense_model, tmp_path):
