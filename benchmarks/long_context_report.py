@@ -105,7 +105,7 @@ def draw_extrapolation(found: dict, arms: list[str], trained: int, topk: int, pa
     left.set_ylabel("loss (nats per token)")
     right.set_ylabel("loss minus dense (nats per token)")
     for axis in (left, right):
-        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(arms), fontsize=8)
+        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8)
     figure.suptitle(f"Loss by position, {found['documents']} held-out texts (band: 95 % interval over texts)")
     save(figure, path)
 
