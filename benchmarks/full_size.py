@@ -64,9 +64,9 @@ def forget_peak() -> None:
 
 
 def peak_of_process() -> int:
-    """The largest resident set so far, in bytes."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) * 1024
+    """The largest resident set so far, in bytes. Not `ru_maxrss`, which a process has from the one that started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def step_seconds(config: Path, stage: str, length: int, topk: int, repeats: int, checkpointing: bool, pipe) -> None:

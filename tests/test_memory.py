@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.full_size import peak_of_process
 from dsa import Qwen2DSAConfig, Qwen2DSAForCausalLM
 from dsa.training import freeze
 
@@ -19,12 +20,6 @@ TOPK = 64
 def resident() -> int:
     """Bytes of this process in memory now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def highest() -> int:
-    """The most bytes that it ever had. Not `ru_maxrss`, which a process has from the one that started it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def peaks(kind: str) -> list[int]:
@@ -59,7 +54,7 @@ def peaks(kind: str) -> list[int]:
             (out.indexer_kl.sum() + (0 if labels is None else out.loss)).backward()
             model.zero_grad()
             del out
-        found.append(highest() - before)
+        found.append(peak_of_process() - before)
     return found
 
 
