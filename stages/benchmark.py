@@ -1,174 +1,163 @@
-"""Stage `benchmark`: what one layer's attention costs at a position, at Qwen2.5-0.5B's geometry, on this machine.
+"""Stage `benchmark`: what dense attention and DSA cost here, whole rows and whole models (stages/cost.py).
 
-Decode is one query at position L, prefill a block of queries that ends there; random tensors, one process, medians.
-Dense is the faster of PyTorch's SDPA and a grouped matrix product; DSA is scoring, top-k and attention together, in
-decoding also with index keys in int8. Decode is measured in bfloat16 too.
-Training is forward and backward of a whole layer, MLP included, in sparse mode with the indexer's loss.
+One layer of Qwen2.5-0.5B's geometry, with its projections and without, and the whole of a small model that spends most
+of its work on attention. One process, random tensors or weights; `python -m benchmarks.cost` repeats it in several.
 """
 
-import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from statistics import median
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
+from transformers import AutoConfig
 
-from dsa import Qwen2DSAConfig, Qwen2DSAForCausalLM, index_scores, select_topk, sparse_attention
-from dsa.indexer import SCALE_BYTES, pack_int8
-from dsa.masks import Slab, Visibility
-from dsa.modeling import IndexerLoss
+from dsa.indexer import SCALE_BYTES
 from dsa.training import supports_bf16
-from stages import params
+from stages import cost, params
 from stages.common import measured, write_json
+from stages.cost import Shape
+from stages.params import Benchmark, Indexer
 
-HQ, HKV, D, MLP = 14, 2, 64, 4864  # Qwen2.5-0.5B
-DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-BLOCK = 64  # queries of a prefill measurement
-
-
-def milliseconds(call: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """(median, spread between the quartiles) of a call, after one that does not count."""
-    call()
-    times = []
-    for _ in range(repeats):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) * 1e3)
-    times.sort()
-    return median(times), times[(3 * len(times)) // 4] - times[len(times) // 4]
+GENERATED = 8  # tokens of a call of `generate`
 
 
-def grouped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Dense attention as two matrix products; K and V are read once for all heads of a group."""
-    B, Hq, T, D = q.shape
-    logits = (q.view(B, HKV, -1, D) @ k.transpose(2, 3)).view(B, Hq, T, -1) * D**-0.5
-    p = (logits if mask is None else logits.masked_fill_(~mask, -torch.inf)).softmax(-1)
-    return (p.view(B, HKV, -1, k.shape[2]) @ v).view(B, Hq, T, D)
+def tables(options: Benchmark, topks: list[int], indexer: Indexer) -> dict[str, list[Callable[[], dict]]]:
+    """name -> measurements, one a length. `layer`: of Qwen2.5-0.5B; `model`: the small one, whole."""
+    layer = replace(cost.QWEN, index_heads=indexer.n_heads, index_dim=indexer.head_dim)
+    model, repeats, few = cost.SMALL, options.repeats, topks[:1]
+    types = {"": torch.float32} | ({"_bf16": torch.bfloat16} if supports_bf16() else {})
+    found: dict[str, list[Callable[[], dict]]] = {}
+    for name, dtype in types.items():
+        bf16 = dtype == torch.bfloat16
+        found |= {
+            f"layer_attention{name}": [
+                lambda n=n, d=dtype: cost.attention_of_a_row(layer, n, topks, d, repeats) for n in options.prefill
+            ],
+            f"layer_prefill{name}": [
+                lambda n=n, d=dtype: cost.prefill(layer, n, topks, d, repeats, layers=1) for n in options.prefill
+            ],
+            f"layer_train{name}": [
+                lambda n=n, b=bf16: cost.training(layer, n, topks, b, repeats, layers=1) for n in options.train
+            ],
+            f"layer_decode{name}": [
+                lambda n=n, d=dtype: cost.decoding(layer, n, topks, d, repeats, layers=1) for n in options.decode
+            ],
+            f"model_prefill{name}": [
+                lambda n=n, d=dtype: cost.prefill(model, n, few, d, repeats) for n in options.prefill
+            ],
+            f"model_train{name}": [lambda n=n, b=bf16: cost.training(model, n, few, b, repeats) for n in options.train],
+            f"model_decode{name}": [
+                lambda n=n, d=dtype: cost.decoding(model, n, few, d, repeats) for n in options.decode
+            ],
+        }
+    found["model_generate"] = [
+        lambda n=n: cost.decoding(model, n, few, torch.float32, repeats, generate=GENERATED) for n in options.decode
+    ]
+    return found
 
 
-@torch.no_grad()
-def measure(length: int, queries: int, topks: list[int], indexer, repeats: int, dtype: torch.dtype) -> dict:
-    """Milliseconds a token at position `length` of each way to attend."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator().manual_seed(length)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
-
-    q, k, v = random(1, HQ, queries, D), random(1, HKV, length, D), random(1, HKV, length, D)
-    index_q = random(1, queries, indexer.n_heads, indexer.head_dim)
-    index_k, weights = random(1, length, indexer.head_dim), random(1, queries, indexer.n_heads).float()
-    mask = None  # one query sees all, and without a mask PyTorch has its fastest kernels
-    if queries > 1:
-        mask = Visibility(queries, length, length - queries).mask(Slab(0, queries, length), q.device)
-    index_keys = {"": index_k} | ({"int8_": pack_int8(index_k)} if queries == 1 else {})
-    row: dict = {"position": length}
-
-    def note(name: str, call: Callable[[], object]) -> None:
-        middle, spread = milliseconds(call, repeats)
-        row[name], row[f"{name}_spread"] = round(middle / queries, 5), round(spread / queries, 5)
-
-    note("sdpa", lambda: F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True))
-    note("grouped_matmul", lambda: grouped_attention(q, k, v, mask))
-    row["dense"] = min(row["sdpa"], row["grouped_matmul"])
-    for topk in topks:
-        if topk >= length:
-            continue
-
-        for kind, keys in index_keys.items():
-
-            def select(topk: int = topk, keys: torch.Tensor = keys) -> torch.Tensor:
-                return select_topk(index_scores(index_q, keys, weights), topk, mask)
-
-            note(f"indexer_{kind}{topk}", select)
-            note(f"dsa_{kind}{topk}", lambda select=select: sparse_attention(q, k, v, select()))
-            row[f"speedup_{kind}{topk}"] = round(row["dense"] / row[f"dsa_{kind}{topk}"], 3)
-    return row
+def full_size(options: Benchmark, topks: list[int]) -> dict[str, list[Callable[[], dict]]]:
+    """Decoding with all 24 layers and the vocabulary of Qwen2.5-0.5B: minutes and 4 GB, so no part of the stage."""
+    lengths, repeats = [n for n in options.decode if n <= 32768], options.repeats
+    return {
+        "full_decode_bf16": [
+            lambda n=n: cost.decoding(cost.QWEN, n, topks[-1:], torch.bfloat16, repeats) for n in lengths
+        ]
+    }
 
 
-def train_layer(length: int, mode: str, topk: int, indexer, repeats: int) -> tuple[float, float]:
-    """(median, spread) of the milliseconds of one layer's forward and backward, as the stages train it."""
-    config = Qwen2DSAConfig(
-        vocab_size=16,
-        hidden_size=HQ * D,
-        intermediate_size=MLP,
-        num_hidden_layers=1,
-        num_attention_heads=HQ,
-        num_key_value_heads=HKV,
-        index_topk=topk,
-        index_n_heads=indexer.n_heads if mode == "sparse" else 0,
-        index_head_dim=indexer.head_dim,
-        attention_mode=mode,
+def measure(
+    options: Benchmark, topks: list[int], indexer: Indexer, only: tuple[str, ...] = (), full: bool = False
+) -> dict:
+    """The tables, those named in `only` if any are."""
+    everything = tables(options, topks, indexer) | (full_size(options, topks) if full else {})
+    chosen = {name: calls for name, calls in everything.items() if not only or name in only}
+    bar = tqdm(total=sum(map(len, chosen.values())))
+    found = {}
+    for name, calls in chosen.items():
+        bar.set_description(name)
+        found[name] = []
+        for call in calls:
+            found[name].append(call())
+            bar.update()
+    return found
+
+
+def pays_from(rows: list[dict], arm: str) -> int | None:
+    """The first measured length from which on DSA is faster than dense attention."""
+    ratios = [(row["length"], row["ratio"][arm]) for row in rows if arm in row["ratio"]]
+    slower = [length for length, ratio in ratios if ratio <= 1]
+    return next((length for length, _ in ratios if not slower or length > max(slower)), None)
+
+
+def summarize(found: dict, topks: list[int], indexer: Indexer) -> dict:
+    """The settings beside the tables, and from which length on DSA pays."""
+    layer, model = replace(cost.QWEN, index_heads=indexer.n_heads, index_dim=indexer.head_dim), cost.SMALL
+    return {
+        "shapes": {"layer": vars(layer), "model": vars(model)},
+        "topk": topks,
+        "tables": found,
+        "pays_from": {
+            name: {arm: pays_from(rows, arm) for arm in sorted({arm for row in rows for arm in row["ratio"]})}
+            for name, rows in found.items()
+        },
+        # Bytes a token and layer, in bfloat16, and of an index key in int8 with its scale.
+        "cache_bytes": {
+            name: {
+                "keys_and_values": 4 * shape.kv_heads * shape.head_dim,
+                "index_key": 2 * shape.index_dim,
+                "index_key_int8": shape.index_dim + SCALE_BYTES,
+            }
+            for name, shape in {"layer": layer, "model": model}.items()
+        },
+    }
+
+
+def own_model(config, indexer: Indexer, topk: int, lengths: list[int]) -> dict:
+    """What the run's own shape decides, by arithmetic: operations (two a multiply-add) and the bounds of the ratios."""
+    shape = Shape(
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        config.vocab_size,
+        indexer.n_heads,
+        indexer.head_dim,
     )
-    torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Qwen2DSAForCausalLM(config).model.to(device).train()
-    x = torch.randn(1, length, HQ * D, device=device)
 
-    def step() -> None:
-        observer = IndexerLoss() if mode == "sparse" else None
-        with torch.autocast(device, torch.bfloat16, enabled=supports_bf16()):
-            loss = model(inputs_embeds=x, use_cache=False, observer=observer).last_hidden_state.float().square().mean()
-        (loss + sum(observer.kl) if observer else loss).backward()
+    def bounds(length: int) -> dict:
+        attention = {k: shape.prefill(length, k, linear=False) for k in (None, topk)}
+        return {
+            "length": length,
+            "operations": {
+                "dense": 2 * attention[None] // length // shape.layers,
+                "dsa": 2 * attention[topk] // length // shape.layers,
+            },
+            "prefill": round(shape.prefill(length, None) / shape.prefill(length, topk), 2),
+            "training": round(shape.training(length, None) / shape.training(length, topk), 2),
+            "decoding_bytes": round(shape.read(length, None, 2) / shape.read(length, topk, 2), 2),
+        }
 
-    return milliseconds(step, repeats)
-
-
-def crossover(rows: list[dict], topk: int) -> int | None:
-    """The first measured position from which on DSA is faster than dense."""
-    ratios = [(row["position"], row[f"speedup_{topk}"]) for row in rows if f"speedup_{topk}" in row]
-    slower = [position for position, ratio in ratios if ratio <= 1]
-    return next((position for position, _ in ratios if not slower or position > max(slower)), None)
-
-
-def flops(length: int, topk: int, indexer) -> dict[str, int]:
-    """Multiply-adds twice, of one query at position `length` in one layer: attention over all keys, over k, scores."""
-    scores = 2 * indexer.n_heads * indexer.head_dim * length
-    return {"dense": 4 * HQ * D * length, "dsa": 4 * HQ * D * min(topk, length) + scores, "indexer": scores}
+    return {
+        "shape": vars(shape),
+        "topk": topk,
+        "score": 2 * shape.index_heads * shape.index_dim,
+        "attention": 4 * shape.query_heads * shape.head_dim,
+        "bounds": [bounds(length) for length in lengths],
+    }
 
 
 def main() -> None:
     p = params.load("benchmark")
     topks = sorted({p.topk, *p.benchmark.topk})
-    metrics: dict = {
-        "geometry": {"query_heads": HQ, "kv_heads": HKV, "head_dim": D} | p.indexer.model_dump(),
-        "dtype": str(DTYPE).removeprefix("torch."),
-        "topk": topks,
-    }
+    metrics: dict = {}
     with measured(metrics):
-        kinds = {
-            "decode": (1, p.benchmark.decode, DTYPE),
-            "decode_bf16": (1, p.benchmark.decode, torch.bfloat16),
-            "prefill": (BLOCK, p.benchmark.prefill, DTYPE),
-        }
-        for kind, (queries, lengths, dtype) in kinds.items():
-            metrics[kind] = [
-                measure(length, queries, topks, p.indexer, p.benchmark.repeats, dtype)
-                for length in tqdm(lengths, desc=kind)
-            ]
-            for row in metrics[kind]:
-                row["flops"] = {str(k): flops(row["position"], k, p.indexer) for k in topks}
-        metrics["crossover"] = {kind: {str(k): crossover(metrics[kind], k) for k in topks} for kind in kinds}
-        metrics["training"] = []
-        for length in tqdm(p.benchmark.train, desc="training"):
-            row = {"length": length, "topk": p.topk}
-            for mode in ("dense", "sparse"):
-                row[mode], row[f"{mode}_spread"] = (
-                    round(x, 1) for x in train_layer(length, mode, p.topk, p.indexer, p.benchmark.repeats)
-                )
-            metrics["training"].append(row | {"ratio": round(row["sparse"] / row["dense"], 2)})
-    # Bytes a token and layer, in bfloat16, and of an index key in int8 with its scale.
-    metrics["cache_bytes"] = {
-        "keys_and_values": 2 * 2 * HKV * D,
-        "index_key": 2 * p.indexer.head_dim,
-        "index_key_int8": p.indexer.head_dim + SCALE_BYTES,
-    }
+        metrics |= summarize(measure(p.benchmark, topks, p.indexer), topks, p.indexer)
+        config, lengths = AutoConfig.from_pretrained("models/base"), {p.data.max_length, *p.benchmark.prefill}
+        metrics["own"] = own_model(config, p.indexer, p.topk, sorted(lengths))
     write_json(Path("reports/benchmark/cost.json"), metrics)
 
 

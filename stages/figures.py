@@ -254,45 +254,38 @@ def heatmap(wanted: np.ndarray, offered: np.ndarray, layer: int, path: Path) -> 
     save(figure, path)
 
 
-def cost_by_position(cost: dict, topk: int, path: Path) -> None:
-    dtype = cost["dtype"]
-    titles = {"decode": f"decode, {dtype}", "decode_bf16": "decode, bfloat16", "prefill": f"prefill, {dtype}"}
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4))
-    for axis, (kind, title) in zip(axes, titles.items(), strict=True):
-        table = pd.DataFrame(cost[kind])
-        axis.plot(table["position"], table["dense"], color=COLORS["dense"], marker="o", label="dense attention")
-        for k, style in zip(cost["topk"], ("-", "--", ":"), strict=False):
-            if f"dsa_{k}" in table:
+def cost_by_length(cost: dict, path: Path) -> None:
+    """A row a subject (one layer of Qwen2.5-0.5B, the whole small model), a panel a kind of work."""
+    subjects = {"layer": "one layer of Qwen2.5-0.5B", "model": "the whole small model"}
+    kinds = {"prefill": "prefill", "train": "forward and backward", "decode": "decode"}
+    figure, grid = plt.subplots(2, 3, figsize=(15, 8))
+    for axes, (subject, label) in zip(grid, subjects.items(), strict=True):
+        for axis, (kind, title) in zip(axes, kinds.items(), strict=True):
+            rows = cost["tables"][f"{subject}_{kind}"]
+            lengths = [row["length"] for row in rows]
+            per = [1 if kind == "decode" else length for length in lengths]
+            dense = [row["dense"] / n for row, n in zip(rows, per, strict=True)]
+            axis.plot(lengths, dense, color=COLORS["dense"], marker="o", label="dense attention")
+            for arm, style in zip(
+                dict.fromkeys(arm for row in rows for arm in row["ratio"]), ("-", "--", "-.", ":"), strict=False
+            ):
+                at = [i for i, row in enumerate(rows) if arm in row["arms"]]
                 axis.plot(
-                    table["position"], table[f"dsa_{k}"], style, color=COLORS["dsa"], marker="o", label=f"DSA, k = {k}"
+                    [lengths[i] for i in at],
+                    [rows[i]["arms"][arm]["ms"] / per[i] for i in at],
+                    style,
+                    color=COLORS["oracle" if "int8" in arm else "dsa"],
+                    marker="^" if "int8" in arm else "o",
+                    label=f"DSA, k = {arm.rsplit('_', 1)[1]}" + (", int8 index keys" if "int8" in arm else ""),
                 )
-        if f"dsa_int8_{topk}" in table:
-            axis.plot(
-                table["position"],
-                table[f"dsa_int8_{topk}"],
-                "-.",
-                color=COLORS["oracle"],
-                marker="^",
-                label=f"DSA, k = {topk}, int8 index keys",
-            )
-        if f"indexer_{topk}" in table:
-            axis.plot(
-                table["position"],
-                table[f"indexer_{topk}"],
-                ":",
-                color=COLORS["warmup"],
-                marker="s",
-                markersize=4,
-                label="scores and top-k alone",
-            )
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(table["position"], [f"{n // 1024}K" if n % 1024 == 0 else n for n in table["position"]])
-        axis.set_yscale("log")
-        plain_log(axis.yaxis)
-        axis.set_xlabel("position (tokens)")
-        axis.set_ylabel("ms per token and layer")
-        axis.set_title(title)
-        axis.legend()
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(lengths, [f"{n // 1024}K" if n % 1024 == 0 else n for n in lengths])
+            axis.set_yscale("log")
+            plain_log(axis.yaxis)
+            axis.set_xlabel("tokens before it" if kind == "decode" else "tokens of the row")
+            axis.set_ylabel("ms per token")
+            axis.set_title(f"{title}, {label}")
+            axis.legend()
     save(figure, path)
 
 

@@ -7,7 +7,6 @@ import base64
 import json
 import platform
 import re
-import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -18,7 +17,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from stages import figures, params, preference
-from stages.common import device_name, write_json
+from stages.common import device_name, git_commit, write_json
 from stages.statistics import Predictions
 
 REPORTS = Path("reports")
@@ -60,18 +59,10 @@ def compare(predictions: Predictions, arms: dict, names: tuple[str, ...], refere
     return table
 
 
-def git_commit() -> str:
-    try:
-        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
-
-
 def cost_spread(cost: dict) -> tuple[float, float]:
     """Distance of the quartiles of a measured time, as a share of its median: in the middle case, and at most."""
-    rows = [row for kind in ("decode", "decode_bf16", "prefill") for row in cost[kind]]
-    shares = [row[name] / row[name.removesuffix("_spread")] for row in rows for name in row if name.endswith("_spread")]
+    times = [time for rows in cost["tables"].values() for row in rows for time in row["arms"].values()]
+    shares = [time["spread"] / time["ms"] for time in times]
     return median(shares), max(shares)
 
 
@@ -117,7 +108,7 @@ def draw(
     figures.row_lengths(histogram, p.data.min_tokens, p.data.max_length, FIGURES / "row_lengths.png")
     if p.evaluate.retrieval.lengths:
         figures.retrieval(tables["retrieval"], FIGURES / "retrieval.png")
-    figures.cost_by_position(cost, p.topk, FIGURES / "cost_by_position.png")
+    figures.cost_by_length(cost, FIGURES / "cost_by_length.png")
 
 
 def to_html(markdown: str) -> str:
