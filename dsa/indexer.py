@@ -61,7 +61,7 @@ def _scores(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> torch.Te
     B, T, H, D = q.shape
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, weights))
     if not wanted and q.dtype != torch.int8 and kernels.chosen(q, 16, "index scores"):  # any head size: padded tiles
-        from dsa.kernels.indexer import index_scores_triton
+        from dsa.kernels.triton.indexer import index_scores_triton
 
         return index_scores_triton(q, k, weights)
     scale = (D * H) ** -0.5  # the indexer's own sizes, not the attention's

@@ -27,8 +27,9 @@ from dsa.attention import sparse_attention
 from dsa.cache import growing
 from dsa.config import Qwen2DSAConfig
 from dsa.indexer import LightningIndexer, index_scores
-from dsa.losses import attention_target, indexer_kl
+from dsa.losses import indexer_kl
 from dsa.masks import Visibility
+from dsa.reference import attention_target
 from dsa.selector import control_scores, latest_keys, select_topk
 
 Index = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # index queries, keys and weights

@@ -1,14 +1,10 @@
-"""Triton kernels: sparse attention, index scores and the indexer's loss, forward and backward.
+"""Kernels: what computes the equations of dsa/reference.py fast, and the choice of what runs.
 
-Nothing here is imported until a kernel is asked for: the package works where Triton is not installed. Every gradient is
-deterministic (no atomics), and nothing of size T x S is stored but the slab of index scores that a caller asks for.
+Nothing that a platform may lack is imported until a kernel is asked for: the package works where Triton is not
+installed.
 
-    attention.py    forward and the query-owned half of the backward
-    decode.py       few queries, many keys: split the keys over programs, then merge
-    inverse.py      which queries selected a key: the key-owned half of every sparse backward
-    indexer.py      index scores
-    losses.py       the indexer's KL: over all visible keys in dense_kl.py, over the selected ones in sparse_kl.py
-    check.py        the first use on a device compares every kernel with its reference
+    triton/     for CUDA
+    check.py    the first use on a device compares every kernel with the reference
 """
 
 import importlib.util
@@ -20,6 +16,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
+BACKENDS = ("reference", "gather", "triton")  # "gather": PyTorch's own operations
 VARIABLE = "DSA_BACKEND"  # "triton" or "gather": what the machine shall use where the caller names no backend
 HEAD_DIMS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

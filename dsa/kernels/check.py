@@ -7,7 +7,8 @@ from functools import lru_cache
 
 import torch
 
-from dsa import kernels
+from dsa import kernels, reference
+from dsa.masks import Visibility
 
 # Of a relative RMS error, against float64: some roundings of the type for sums of this length.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -62,42 +63,36 @@ def _compare(fast, slow, inputs: list[torch.Tensor]) -> float:
 
 
 def _attention(device, dtype, head_dim: int) -> float:
-    from dsa.attention import sparse_attention_reference
-    from dsa.kernels.attention import sparse_attention_triton
+    from dsa.kernels.triton.attention import sparse_attention_triton
 
     inputs = _random(device, dtype, (1, 4, 40, head_dim), (1, 2, 40, head_dim), (1, 2, 40, head_dim))
     indices, scaling = _indices(device), head_dim**-0.5
     return _compare(
         lambda *x: sparse_attention_triton(*x, indices, scaling)[0],
-        lambda *x: sparse_attention_reference(*x, indices, scaling),
+        lambda *x: reference.sparse_attention(*x, indices, scaling),
         inputs,
     )
 
 
 def _scores(device, dtype, head_dim: int) -> float:
-    from dsa.kernels.indexer import index_scores_triton
+    from dsa.kernels.triton.indexer import index_scores_triton
 
     q, k, weights = (x.detach() for x in _random(device, dtype, (1, 40, 3, 32), (1, 40, 32), (1, 40, 3)))
-    dots = torch.einsum("bthd,bsd->bths", q.double(), k.double()).relu()
-    reference = torch.einsum("bth,bths->bts", weights.double(), dots) * (3 * 32) ** -0.5
-    return _error([index_scores_triton(q, k, weights)], [reference])
+    wide = reference.index_scores(q.double(), k.double(), weights.double())
+    return _error([index_scores_triton(q, k, weights)], [wide])
 
 
 def _loss(device, dtype, head_dim: int) -> float:
-    from dsa.kernels.losses import indexer_kl_triton
-    from dsa.losses import indexer_kl_reference
-    from dsa.masks import Visibility
+    from dsa.kernels.triton.losses import kl_in_tiles
 
     index = _random(device, dtype, (1, 40, 3, 32), (1, 40, 32), (1, 40, 3))
+    wide = [x.detach().double().requires_grad_() for x in index]
     q, k = (x.detach() for x in _random(device, dtype, (1, 4, 40, head_dim), (1, 2, 40, head_dim)))
-    visible, scaling = Visibility(40, 40), head_dim**-0.5
+    visible, valid, scaling = Visibility(40, 40), torch.ones(1, 40, dtype=torch.bool, device=device), head_dim**-0.5
     worst = 0.0
     for indices in (None, _indices(device)):
-
-        def reference(*x, indices=indices):
-            return indexer_kl_reference(*x, q.double(), k.double(), scaling, visible, indices)
-
-        worst = max(
-            worst, _compare(lambda *x, i=indices: indexer_kl_triton(*x, q, k, scaling, visible, i), reference, index)
-        )
+        total, grads = kl_in_tiles([x.detach() for x in index], q, k, scaling, visible, indices, valid, wanted=True)
+        mean = reference.indexer_kl(*wide, q.double(), k.double(), scaling, visible, indices)
+        expected = [mean.detach(), *torch.autograd.grad(mean, wide)]
+        worst = max(worst, _error([x / valid.sum() for x in (total, *grads)], expected))
     return worst
