@@ -39,6 +39,8 @@ static inline void store_int(int32_t *p, vi x) { *(vi_at *)p = x; }
 
 static inline vf load_bf16(const uint16_t *p) { return (vf)(__builtin_convertvector(*(const vbf16_at *)p, vi) << 16); }
 
+static inline vf all(float x) { return x - (vf){}; }
+
 static inline vi count_up(int32_t from) {  // from, from + 1, ...
     vi v;
     UNROLL for (int i = 0; i < LANES; i++) v[i] = i;
@@ -51,6 +53,37 @@ static inline uint32_t bits_of(vi mask) {  // lane i, 0 or -1 -> bit i
     uint32_t bits = 0;
     __builtin_memcpy(&bits, &b, sizeof b);
     return bits & ((1u << LANES) - 1);
+}
+
+static inline vi blend(vi mask, vi x, vi y) { return (x & mask) | (y & ~mask); }
+
+// Square blocks of numbers change rows and columns: log2(LANES) rounds exchange blocks of 1, 2, 4, ... numbers.
+static inline void transpose(vi x[LANES]) {
+#define UPPER(i, n) ((i) & (n) ? LANES + (i) - (n) : (i))
+#define LOWER(i, n) ((i) & (n) ? LANES + (i) : (i) + (n))
+#define PICK4(at, i, n) at(i, n), at(i + 1, n), at(i + 2, n), at(i + 3, n)
+#if LANES == 16
+#define PICK(at, n) PICK4(at, 0, n), PICK4(at, 4, n), PICK4(at, 8, n), PICK4(at, 12, n)
+#elif LANES == 8
+#define PICK(at, n) PICK4(at, 0, n), PICK4(at, 4, n)
+#else
+#define PICK(at, n) PICK4(at, 0, n)
+#endif
+#define EXCHANGE(n)                                                   \
+    UNROLL for (int i = 0; i < LANES; i++) {                          \
+        if (i & (n)) continue;                                        \
+        vi a = x[i], b = x[i + (n)];                                  \
+        x[i] = __builtin_shufflevector(a, b, PICK(UPPER, n));         \
+        x[i + (n)] = __builtin_shufflevector(a, b, PICK(LOWER, n));   \
+    }
+    EXCHANGE(1)
+    EXCHANGE(2)
+#if LANES >= 8
+    EXCHANGE(4)
+#endif
+#if LANES >= 16
+    EXCHANGE(8)
+#endif
 }
 
 // The lanes of x whose bit is set, side by side at p. Writes up to a whole vector, so p needs LANES of slack.
