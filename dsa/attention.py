@@ -58,7 +58,7 @@ def sparse_attention(
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: {backend!r} is not one of {BACKENDS}")
     if backend is None:
-        backend = "triton" if kernels.chosen(q, D) else "gather"
+        backend = kernels.chosen(q, D)
     elif backend == "triton":
         kernels.require(q, D)
     log_backend(backend, q.device.type)

@@ -45,8 +45,7 @@ def indexer_kl(
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: {backend!r} is not one of {BACKENDS}")
     if backend is None:
-        use_triton = visible.explicit is None and kernels.chosen(q, q.shape[3], "indexer loss")
-        backend = "triton" if use_triton else "gather"
+        backend = "gather" if visible.explicit is not None else kernels.chosen(q, q.shape[3], "indexer loss")
     index = index_q, index_k, index_weights
     if backend == "reference":
         return reference.indexer_kl(*index, q, k, scaling, visible, indices)

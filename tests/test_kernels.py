@@ -461,10 +461,10 @@ def test_the_first_use_on_a_device_compares_with_the_references(dtype, monkeypat
     check.verify.cache_clear()
     x = torch.zeros(1, device=device, dtype=dtype)
     with torch.no_grad():  # as in selection and evaluation
-        assert kernels.chosen(x, 32)
+        assert kernels.chosen(x, 32) == "triton"
     check.verify.cache_clear()
     with torch.inference_mode():
-        assert kernels.chosen(x, 32)
+        assert kernels.chosen(x, 32) == "triton"
     check.verify.cache_clear()
     monkeypatch.setattr(check, "_scores", lambda *_: 0.5)
     with pytest.raises(RuntimeError, match=r"index scores kernel .* is off by 5\.0e-01 .*DSA_BACKEND=gather"):

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def _c_value(x):
     return None if x is None else ctypes.c_float(x)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _obstacle(source: str, march: str, defines: tuple) -> str | None:
     try:
         _load(source, march, defines)
@@ -76,7 +76,7 @@ def _obstacle(source: str, march: str, defines: tuple) -> str | None:
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _load(source: str, march: str, defines: tuple) -> ctypes.CDLL:
     if sys.platform not in ("linux", "darwin") or platform.machine() not in PROCESSORS:
         raise BuildError(f"no CPU kernels for {platform.machine()} on {sys.platform}")

@@ -115,9 +115,7 @@ def _one_query(lib, q, k, weights, topk, visible, real, keys, scores):
         for b in range(B):
             found = None if scores is None else scores[b]
             scratch = _scratch(6, parts * topk)
-            build.call(
-                lib.dsa_merge, some_keys[b], some_scores[b], parts, topk, parts * topk, keys[b], found, scratch
-            )
+            build.call(lib.dsa_merge, some_keys[b], some_scores[b], parts, topk, parts * topk, keys[b], found, scratch)
 
 
 def _capacity(topk: int, keys: int, tile_keys: int) -> int:
