@@ -9,8 +9,8 @@ import torch
 
 from dsa import Qwen2DSAForCausalLM, index_scores, select_topk
 from dsa.evaluation import predict
-from dsa.losses import MASKED, attention_logits, attention_target
 from dsa.masks import Slab, membership
+from dsa.reference import MASKED, attention_logits, attention_target
 
 
 @contextmanager

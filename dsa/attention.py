@@ -1,9 +1,9 @@
-"""Sparse attention over selected keys: one call, several backends, one reference.
+"""Sparse attention over selected keys: one call, several backends.
 
-The reference gathers the selected keys of every query; it is slow and obviously right. The `gather` backend needs no
-kernel: a slab of neighbouring queries selects overlapping keys, so it runs plain attention of the slab over the union
-of its keys, masked by membership. Where a long context leaves little overlap, and no gradient is wanted, each query
-gathers its own keys instead. The `triton` backend (dsa/kernels) is the one for CUDA.
+The `reference` backend is that of dsa/reference.py. The `gather` backend needs no kernel: a slab of neighbouring
+queries selects overlapping keys, so it runs plain attention of the slab over the union of its keys, masked by
+membership. Where a long context leaves little overlap, and no gradient is wanted, each query gathers its own keys
+instead. The `triton` backend (dsa/kernels/triton) is the one for CUDA.
 """
 
 import logging
@@ -12,12 +12,12 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from dsa import kernels
+from dsa import kernels, reference
+from dsa.kernels import BACKENDS
 from dsa.masks import SLAB_ELEMENTS
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("reference", "gather", "triton")
 UNION_SHARE = 0.7  # with more of the prefix in the union, slicing the prefix is cheaper than gathering from it
 GATHER_ROWS = 256  # queries a slab
 # A union of more keys than both costs a CPU more than each query's own keys do (benchmarks/prefill.py). The second
@@ -41,8 +41,8 @@ def sparse_attention(
         k, v: [B, Hkv, S, D]; Hq is a multiple of Hkv (grouped-query attention).
         indices: int [B, T, K], key indices without repeats; -1 is no key. A query without any key gets zeros.
         scaling: D^-0.5 by default.
-        backend: one of `BACKENDS`. When None, "triton" for CUDA tensors whose type and head size its kernels take, and
-            "gather" for all others, unless the environment variable DSA_BACKEND says otherwise.
+        backend: one of `dsa.kernels.BACKENDS`. When None, "triton" for CUDA tensors whose type and head size its
+            kernels take, and "gather" for all others, unless the environment variable DSA_BACKEND says otherwise.
 
     Returns:
         [B, Hq, T, D] in the dtype of q. Differentiable in q, k and v.
@@ -58,15 +58,15 @@ def sparse_attention(
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: {backend!r} is not one of {BACKENDS}")
     if backend is None:
-        backend = "triton" if kernels.chosen(q, D) else "gather"
+        backend = kernels.chosen(q, D)
     elif backend == "triton":
         kernels.require(q, D)
     log_backend(backend, q.device.type)
     scaling = D**-0.5 if scaling is None else scaling
     if backend == "reference":
-        return sparse_attention_reference(q, k, v, indices, scaling)
+        return reference.sparse_attention(q, k, v, indices, scaling)
     if backend == "triton":
-        from dsa.kernels.attention import sparse_attention_triton  # needs Triton, which not every platform has
+        from dsa.kernels.triton.attention import sparse_attention_triton  # needs Triton, which not every platform has
 
         return sparse_attention_triton(q, k, v, indices, scaling)[0]
     if T == 1 and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
@@ -78,27 +78,6 @@ def sparse_attention(
 def log_backend(backend: str, device: str) -> None:
     """Say once which backend runs: a silent fall-back is a bug that costs days."""
     logger.info("sparse attention: backend %s on %s", backend, device)
-
-
-def sparse_attention_reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, scaling: float
-) -> torch.Tensor:
-    """Gather K keys and values for every query, then softmax in float32. Arguments as in `sparse_attention`."""
-    B, Hq, T, D = q.shape
-    Hkv = k.shape[1]
-    batch = torch.arange(B, device=q.device)[:, None, None]
-    present = indices >= 0  # (B, T, K)
-    at = indices.long().clamp(min=0)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    k_sel = k.transpose(1, 2)[batch, at].to(wide)  # (B, T, K, Hkv, D)
-    v_sel = v.transpose(1, 2)[batch, at].to(wide)
-    grouped = q.to(wide).view(B, Hkv, Hq // Hkv, T, D)
-    logits = torch.einsum("bngtd,btknd->bngtk", grouped, k_sel) * scaling
-    logits = logits.masked_fill(~present[:, None, None], -torch.inf)
-    some = present.any(-1)[:, None, None, :, None]
-    p = torch.where(some, logits, 0.0).softmax(-1) * some
-    out = torch.einsum("bngtk,btknd->bngtd", p, v_sel)
-    return out.reshape(B, Hq, T, D).to(q.dtype)
 
 
 def decode_attention(

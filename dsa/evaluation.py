@@ -6,9 +6,9 @@ import torch
 
 from dsa.data import IGNORE
 from dsa.indexer import index_scores
-from dsa.losses import attention_target
 from dsa.masks import Slab, membership
 from dsa.modeling import AttentionObserver, Qwen2DSAForCausalLM
+from dsa.reference import attention_target
 from dsa.selector import select_topk
 
 

@@ -7,6 +7,9 @@ from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
 from dsa import kernels
 from dsa.config import Qwen2DSAConfig
+from dsa.kernels.cpu import select
+from dsa.masks import Slab, Visibility
+from dsa.selector import DeferredScores
 
 TILE = 16384  # keys at a time in decoding on a CPU
 SCALE_BYTES = 4  # of an int8 key's float32 scale
@@ -52,6 +55,31 @@ def index_scores(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> tor
     return _scores(q, k, weights).mul_(k_scale.transpose(1, 2))
 
 
+class IndexScores(DeferredScores):
+    """`index_scores` of all queries and keys for `select_topk`; with the CPU kernel no score is ever stored.
+
+    q, k, weights: as for `index_scores`; visible, heads: as for `DeferredScores`, where heads are at least those of q.
+    """
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor, visible: Visibility, heads: int = 1):
+        super().__init__(self.of_slab, visible, q, max(heads, q.shape[2]))
+        self.q, self.k, self.weights = q, k, weights
+
+    def of_slab(self, slab: Slab) -> torch.Tensor:
+        return index_scores(self.q[:, slab.queries], self.k[:, : slab.keys], self.weights[:, slab.queries])
+
+    def select(self, topk: int) -> torch.Tensor:
+        q, k, weights = self.q, self.k, self.weights.float()
+        H, D = q.shape[2:]
+        kernel = select, k.dtype, H, D
+        if not select.fits(self.visible) or kernels.chosen(q, 16, "key selection", kernel) != "cpu":
+            return super().select(topk)
+        if k.dtype == torch.int8:
+            q, scale = quantize(q)
+            weights = weights * scale.squeeze(-1)
+        return select.select_keys(q, k, weights * (D * H) ** -0.5, topk, self.visible)
+
+
 def _decoding(q: torch.Tensor) -> bool:
     return q.shape[1] == 1 and q.device.type == "cpu"
 
@@ -60,8 +88,8 @@ def _scores(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> torch.Te
     """`index_scores` of q and k of one type, float or, for decoding on a CPU, int8."""
     B, T, H, D = q.shape
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, weights))
-    if not wanted and q.dtype != torch.int8 and kernels.chosen(q, 16, "index scores"):  # any head size: padded tiles
-        from dsa.kernels.indexer import index_scores_triton
+    if not wanted and q.dtype != torch.int8 and kernels.chosen(q, 16, "index scores") == "triton":
+        from dsa.kernels.triton.indexer import index_scores_triton
 
         return index_scores_triton(q, k, weights)
     scale = (D * H) ** -0.5  # the indexer's own sizes, not the attention's

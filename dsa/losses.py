@@ -6,56 +6,10 @@ In the dense warm-up p and the indexer's softmax run over all visible keys, in s
 
 import torch
 
-from dsa import kernels
-from dsa.indexer import index_scores
-from dsa.masks import Slab, Visibility, membership
-
-MASKED = -1e30  # finite: a row without any key stays free of NaN, in the loss and in its gradient
-
-
-def attention_logits(q: torch.Tensor, k: torch.Tensor, scaling: float) -> torch.Tensor:
-    """q [B, Hq, T, D] . k [B, Hkv, S, D] * scaling: [B, Hq, T, S] in float32 or better."""
-    B, Hq, T, D = q.shape
-    Hkv, S = k.shape[1:3]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    grouped = (q.to(wide) * scaling).reshape(B, Hkv, Hq // Hkv * T, D)
-    return (grouped @ k.to(wide).transpose(2, 3)).view(B, Hq, T, S)
-
-
-def mean_softmax(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Head-mean of the softmax over the entries of `mask`; overwrites logits.
-
-    Args:
-        logits: [B, Hq, T, S]; mask: bool [B or 1, T, S].
-
-    Returns:
-        [B, T, S]; a row sums to one, or to zero where the mask has no entry.
-    """
-    return logits.masked_fill_(~mask[:, None], MASKED).softmax(-1).mean(1).mul_(mask)
-
-
-def attention_target(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scaling: float) -> torch.Tensor:
-    """p: what attention over the keys of `mask` wants, [B, T, S]. Arguments as in the two functions above."""
-    with torch.autocast(q.device.type, enabled=False):
-        return mean_softmax(attention_logits(q, k, scaling), mask)
-
-
-def kl_rows(p: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """KL(p || softmax(scores)) over the keys of `mask`: [B, T, S] -> [B, T]; zero where the mask has no key."""
-    log_q = scores.masked_fill(~mask, MASKED).log_softmax(-1)
-    return (torch.xlogy(p, p) - p * log_q.masked_fill(~mask, 0.0)).sum(-1)
-
-
-def indexer_kl_reference(index_q, index_k, index_weights, q, k, scaling, visible: Visibility, indices=None):
-    """`indexer_kl` in whole matrices and plain autograd: O(B H T S) memory, and obviously right."""
-    B, _, T, _ = q.shape
-    mask = visible.mask(Slab(0, T, k.shape[2]), q.device)
-    if indices is not None:
-        mask = mask & membership(indices, k.shape[2])
-    p = attention_target(q.detach(), k.detach(), mask, scaling)
-    rows = kl_rows(p, index_scores(index_q, index_k, index_weights), mask.expand_as(p))
-    valid = visible.is_query(B, q.device)
-    return (rows * valid).sum() / valid.sum().clamp(min=1)
+from dsa import kernels, reference
+from dsa.kernels import BACKENDS
+from dsa.masks import Visibility
+from dsa.reference import MASKED, attention_logits, mean_softmax
 
 
 def indexer_kl(
@@ -67,6 +21,7 @@ def indexer_kl(
     scaling: float,
     visible: Visibility,
     indices: torch.Tensor | None = None,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """Mean over valid query positions of KL(p || softmax(I)).
 
@@ -77,16 +32,28 @@ def indexer_kl(
         scaling: the attention's.
         visible: which keys each query sees; padding and other documents are no keys, and padding no query position.
         indices: int [B, T, K] from `select_topk`, the keys that attention really used; None for dense attention.
+        backend: one of `dsa.kernels.BACKENDS`; "gather" works a slab of queries at a time. When None, "triton" for CUDA
+            tensors that its kernels take and "gather" for all others, unless the environment variable DSA_BACKEND says
+            otherwise.
 
     Returns:
-        A scalar. Works a slab of queries at a time and computes its gradient on the way: nothing of size T x S is kept.
-    """
-    if visible.explicit is None and kernels.chosen(q, q.shape[3], "indexer loss"):
-        from dsa.kernels.losses import indexer_kl_triton
+        A scalar. All but the reference compute its gradient on the way: nothing of size T x S is kept.
 
-        return indexer_kl_triton(index_q, index_k, index_weights, q, k, scaling, visible, indices)
+    Raises:
+        ValueError: unknown backend, or one that cannot run on such tensors or with such a mask.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend: {backend!r} is not one of {BACKENDS}")
+    if backend is None:
+        backend = "gather" if visible.explicit is not None else kernels.chosen(q, q.shape[3], "indexer loss")
     index = index_q, index_k, index_weights
-    return MeanLoss.apply(kl_in_slabs, *index, q.detach(), k.detach(), scaling, visible, indices)
+    if backend == "reference":
+        return reference.indexer_kl(*index, q, k, scaling, visible, indices)
+    compute = kl_in_slabs
+    if backend == "triton":
+        from dsa.kernels.triton.losses import kl_in_tiles as compute  # needs Triton, which not every platform has
+
+    return MeanLoss.apply(compute, *index, q.detach(), k.detach(), scaling, visible, indices)
 
 
 class MeanLoss(torch.autograd.Function):

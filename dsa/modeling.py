@@ -26,10 +26,11 @@ from transformers.models.qwen2.modeling_qwen2 import (
 from dsa.attention import sparse_attention
 from dsa.cache import growing
 from dsa.config import Qwen2DSAConfig
-from dsa.indexer import LightningIndexer, index_scores
-from dsa.losses import attention_target, indexer_kl
-from dsa.masks import Visibility
-from dsa.selector import control_scores, latest_keys, select_topk
+from dsa.indexer import IndexScores, LightningIndexer
+from dsa.losses import indexer_kl
+from dsa.masks import Slab, Visibility
+from dsa.reference import attention_target
+from dsa.selector import DeferredScores, control_scores, latest_keys, select_topk
 
 Index = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # index queries, keys and weights
 
@@ -114,31 +115,24 @@ class Qwen2DSAAttention(Qwen2Attention):
 
     @torch.no_grad()
     def select(self, index: Index | None, q: torch.Tensor, k: torch.Tensor, visible: Visibility) -> torch.Tensor:
-        """The keys of each query: int32 [B, T, min(topk, S)], a slab of queries at a time."""
-        B, Hq = q.shape[:2]
+        """The keys of each query: int32 [B, T, min(topk, S)]."""
         topk, selector, sinks = self.config.index_topk, self.config.selector, self.config.index_sinks
+        heads = max(q.shape[1], self.config.index_n_heads)
+        if selector == "indexer":
+            return select_topk(IndexScores(*index, visible, heads), topk)
         if selector in ("window", "sink_window") and visible.causal_only:
             positions = torch.arange(visible.length, device=q.device) + visible.offset
             sinks = sinks if selector == "sink_window" else 0
-            return latest_keys(positions, topk, k.shape[2], sinks).expand(B, -1, -1)
-        chosen = []
-        for slab in visible.slabs(B, max(Hq, self.config.index_n_heads)):
-            mask = None if visible.sees_all(slab) else visible.mask(slab, q.device)
-            if slab.keys <= topk:  # nothing to rank
-                scores = torch.zeros((), device=q.device).expand(B, slab.stop - slab.start, slab.keys)
-            elif selector == "indexer":
-                index_q, index_k, weights = index
-                scores = index_scores(index_q[:, slab.queries], index_k[:, : slab.keys], weights[:, slab.queries])
-            elif selector == "oracle":
+            return latest_keys(positions, topk, k.shape[2], sinks).expand(len(q), -1, -1)
+
+        def rows(slab: Slab) -> torch.Tensor:
+            if selector == "oracle":
                 seen = visible.mask(slab, q.device)
-                scores = attention_target(q[:, :, slab.queries], k[:, :, : slab.keys], seen, self.scaling)
-            else:
-                positions = torch.arange(slab.start, slab.stop, device=q.device) + visible.offset
-                scores = control_scores(selector, positions, slab.keys, sinks, self.layer_idx).expand(B, -1, -1)
-            chosen.append(select_topk(scores, topk, mask))
-        width = min(topk, k.shape[2])
-        chosen = [torch.nn.functional.pad(c, (0, width - c.shape[-1]), value=-1) for c in chosen]
-        return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=1)
+                return attention_target(q[:, :, slab.queries], k[:, :, : slab.keys], seen, self.scaling)
+            positions = torch.arange(slab.start, slab.stop, device=q.device) + visible.offset
+            return control_scores(selector, positions, slab.keys, sinks, self.layer_idx).expand(len(q), -1, -1)
+
+        return select_topk(DeferredScores(rows, visible, q, heads), topk)
 
 
 class Qwen2DSADecoderLayer(Qwen2DecoderLayer):

@@ -3,18 +3,50 @@
 V3.2 report, eq. 2: attention runs over the keys whose index score is among the k largest.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
+
+from dsa.masks import Slab, Visibility
 
 LOWEST = torch.iinfo(torch.int64).min
 STRIDE = 64  # one score in so many is looked at to guess the k-th largest
 
 
-def select_topk(scores: torch.Tensor, topk: int, mask: torch.Tensor | None = None) -> torch.Tensor:
+class DeferredScores:
+    """Scores [B, T, S] and their mask, too large to exist at once: computed a slab of queries at a time.
+
+    Args:
+        rows: computes the scores of a slab, float [B, queries, keys].
+        visible: which keys a query may select.
+        like: a tensor of B rows, on the device of the scores.
+        heads: how many numbers the score of a query and a key takes while it is computed.
+    """
+
+    def __init__(self, rows: Callable[[Slab], torch.Tensor], visible: Visibility, like: torch.Tensor, heads: int):
+        self.rows, self.visible, self.heads = rows, visible, heads
+        self.batch, self.device = len(like), like.device
+
+    def select(self, topk: int) -> torch.Tensor:
+        """`select_topk` of all."""
+        visible, width, chosen = self.visible, min(topk, self.visible.keys), []
+        for slab in visible.slabs(self.batch, self.heads):
+            mask = None if visible.sees_all(slab) else visible.mask(slab, self.device)
+            if slab.keys <= topk:  # nothing to rank
+                scores = torch.zeros((), device=self.device).expand(self.batch, slab.stop - slab.start, slab.keys)
+            else:
+                scores = self.rows(slab)
+            keys = select_topk(scores, topk, mask)
+            chosen.append(torch.nn.functional.pad(keys, (0, width - keys.shape[-1]), value=-1))
+        return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=1)
+
+
+def select_topk(scores: torch.Tensor | DeferredScores, topk: int, mask: torch.Tensor | None = None) -> torch.Tensor:
     """The keys with the largest scores of each query: exact, and bitwise the same on every call and device.
 
     Args:
-        scores: float [B, T, S].
+        scores: float [B, T, S]; or deferred ones, which know their mask.
         topk: k; more than S keys are never returned.
         mask: bool, broadcastable to [B, T, S]; False forbids a key. A forbidden key loses even to a score of -inf.
 
@@ -24,6 +56,8 @@ def select_topk(scores: torch.Tensor, topk: int, mask: torch.Tensor | None = Non
     """
     if topk < 1:
         raise ValueError(f"topk: {topk} is less than 1")
+    if isinstance(scores, DeferredScores):
+        return scores.select(topk)
     keys = scores.shape[-1]
     k = min(topk, keys)
     if k == keys:  # every allowed key is taken: nothing to rank

@@ -3,7 +3,7 @@ import torch
 from dsa import from_dense
 from dsa.data import IGNORE
 from dsa.evaluation import answer_spans, attention_mass, correct, evidence_distance, predict
-from dsa.losses import attention_target
+from dsa.reference import attention_target
 from stages.evaluate import selection
 
 

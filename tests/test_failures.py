@@ -16,7 +16,7 @@ from benchmarks.failures_report import block, code, verdict, write_report
 from benchmarks.probes import MissedKeys, QueryStatistics, losses, sparse_in
 from dsa import from_dense, index_scores
 from dsa.evaluation import attention_mass, observe_dense
-from dsa.losses import attention_logits
+from dsa.reference import attention_logits
 from stages.common import write_rows
 from stages.statistics import Predictions
 from stages.training import examples

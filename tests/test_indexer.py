@@ -3,7 +3,7 @@ import torch
 from transformers.models.deepseek_v32.configuration_deepseek_v32 import DeepseekV32Config
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Indexer
 
-from dsa import LightningIndexer, Qwen2DSAConfig, index_scores, indexer, select_topk
+from dsa import LightningIndexer, Qwen2DSAConfig, index_scores, indexer, reference, select_topk
 from dsa.indexer import pack_int8
 from tests.conftest import error_ratio
 
@@ -18,6 +18,7 @@ def test_index_scores_equal_the_formula(B, T, S, H, D):
     got = index_scores(q, k, w)
     assert got.dtype == torch.float32
     assert error_ratio(got, expected) < 1e-6
+    assert error_ratio(reference.index_scores(q, k, w), expected) < 1e-6
 
 
 def test_scores_of_low_precision_inputs_are_float32():

@@ -13,9 +13,7 @@ import sys
 import pytest
 import torch
 
-from dsa import index_scores, indexer_kl, kernels, select_topk, sparse_attention
-from dsa.attention import sparse_attention_reference
-from dsa.losses import indexer_kl_reference
+from dsa import index_scores, indexer_kl, kernels, reference, select_topk, sparse_attention
 from dsa.masks import Slab, Visibility, membership
 from tests.conftest import error_ratio
 
@@ -42,7 +40,7 @@ def test_in_the_interpreter():
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Several blocks and chunks in shapes that the interpreter can bear."""
-    from dsa.kernels import attention, dense_kl, inverse, sparse_kl
+    from dsa.kernels.triton import attention, dense_kl, inverse, sparse_kl
 
     monkeypatch.setattr(attention, "BLOCK_K", 16)
     monkeypatch.setattr(sparse_kl, "BLOCK_K", 16)
@@ -85,10 +83,10 @@ def attention_inputs(B, Hq, Hkv, T, S, D, K, dtype=torch.float32):
 
 def check_forward(q, k, v, indices, tolerance, scaling=0.3):
     """Outputs and LSE; returns the output and float64 twins of the inputs with their output."""
-    from dsa.kernels.attention import sparse_attention_triton
+    from dsa.kernels.triton.attention import sparse_attention_triton
 
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    expected = sparse_attention_reference(*wide, indices, scaling)
+    expected = reference.sparse_attention(*wide, indices, scaling)
     out, lse = sparse_attention_triton(q, k, v, indices, scaling)
     assert out.dtype == q.dtype
     assert error_ratio(out, expected) < tolerance
@@ -164,11 +162,13 @@ def test_same_bits_on_every_call(small_blocks):
 
 @needs_kernels
 def test_decoding_splits_the_keys_over_programs(small_blocks, monkeypatch):
-    from dsa.kernels import decode
+    from dsa.kernels.triton import decode
 
     merges = []
     merge = decode.merge
-    monkeypatch.setattr("dsa.kernels.attention.merge", lambda out, *args: merges.append(len(out)) or merge(out, *args))
+    monkeypatch.setattr(
+        "dsa.kernels.triton.attention.merge", lambda out, *args: merges.append(len(out)) or merge(out, *args)
+    )
     q, k, v, indices = attention_inputs(3, 14, 2, 1, 150, 64, 130)
     indices[1] = -1  # a row without any key
     indices[2, :, 40:] = -1  # whole parts without any
@@ -186,7 +186,7 @@ def test_gradients_through_split_keys(small_blocks):
 
 @needs_kernels
 def test_keys_after_a_whole_block_of_none(small_blocks, monkeypatch):
-    monkeypatch.setattr("dsa.kernels.decode.TARGET_PROGRAMS", 1)
+    monkeypatch.setattr("dsa.kernels.triton.decode.TARGET_PROGRAMS", 1)
     q, k, v, indices = attention_inputs(1, 2, 1, 1, 40, 16, 33)
     indices[:, :, :16] = -1
     check_attention(q, k, v, indices, 1e-5)
@@ -219,7 +219,7 @@ def test_bug_1_nothing_of_size_queries_times_keys_is_saved_for_backward():
 
 
 def test_the_inverse_index_lists_the_queries_of_each_key(monkeypatch):
-    from dsa.kernels import inverse
+    from dsa.kernels.triton import inverse
 
     monkeypatch.setattr(inverse, "CHUNK", 3)
     indices = torch.tensor(
@@ -249,7 +249,7 @@ def index_inputs(B, T, S, H, D, dtype=torch.float32):
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1, 16), (2, 5, 70, 8, 32), (1, 65, 9, 3, 48), (1, 70, 130, 4, 128)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=needs_gpu)])
 def test_index_scores_equal_the_formula(shape, dtype):
-    from dsa.kernels.indexer import index_scores_triton
+    from dsa.kernels.triton.indexer import index_scores_triton
 
     q, k, w = index_inputs(*shape, dtype)
     dots = torch.einsum("bthd,bsd->bths", q.double(), k.double()).relu()
@@ -263,7 +263,7 @@ def test_index_scores_equal_the_formula(shape, dtype):
 @needs_kernels
 @pytest.mark.parametrize("offset", [0, 20, 300])
 def test_index_scores_of_the_future_are_minus_infinity(offset):
-    from dsa.kernels.indexer import index_scores_triton
+    from dsa.kernels.triton.indexer import index_scores_triton
 
     q, k, w = index_inputs(1, 70, 200, 2, 16)
     seen = (torch.arange(200) <= torch.arange(70)[:, None] + offset).to(DEVICE)[None]
@@ -274,7 +274,7 @@ def test_index_scores_of_the_future_are_minus_infinity(offset):
 
 @needs_kernels
 def test_index_scores_lose_no_gradient_silently():
-    from dsa.kernels.indexer import index_scores_triton
+    from dsa.kernels.triton.indexer import index_scores_triton
 
     q, k, w = index_inputs(1, 3, 3, 1, 16)
     with pytest.raises(ValueError, match="no gradient"):
@@ -313,17 +313,15 @@ MASKS = ["right padding", "packed", "packed, ids in any order", "empty cache slo
 
 
 def check_kl(index, q, k, visible, topk, tolerance, scaling=0.25):
-    from dsa.kernels.losses import indexer_kl_triton
-
     indices = None
     if topk:
         (B, T), S = q.shape[::2][:2], k.shape[2]
         scores = torch.randn(B, T, S, generator=torch.Generator().manual_seed(3)).to(DEVICE)
         indices = select_topk(scores, topk, visible.mask(Slab(0, T, S), q.device))
     wide = [x.detach().float().contiguous().requires_grad_() for x in index]
-    expected = indexer_kl_reference(*wide, q.double(), k.double(), scaling, visible, indices)
+    expected = reference.indexer_kl(*wide, q.double(), k.double(), scaling, visible, indices)
     expected_grads = torch.autograd.grad(expected * 3, wide)
-    loss = indexer_kl_triton(*index, q, k, scaling, visible, indices)
+    loss = indexer_kl(*index, q, k, scaling, visible, indices, backend="triton")
     grads = torch.autograd.grad(loss * 3, index)
     assert loss.item() == pytest.approx(expected.item(), rel=tolerance, abs=tolerance / 10)
     for mine, theirs, x in zip(grads, expected_grads, index, strict=True):
@@ -394,8 +392,6 @@ def test_kl_has_the_same_bits_on_every_call(T, topk, small_blocks):
 @pytest.mark.parametrize("topk", [None, 4])
 def test_bug_6_padding_is_no_position(topk):
     """Appending padding, whatever it holds, changes neither the loss nor the gradients."""
-    from dsa.kernels.losses import indexer_kl_triton
-
     index, q, k = kl_inputs(B=1, T=10)
     loss, grads = check_kl(index, q, k, Visibility(10, 10), topk, 1e-5)
     padded = [torch.cat([x, 9 * torch.randn_like(x)], 1).detach().requires_grad_() for x in index]
@@ -406,7 +402,7 @@ def test_bug_6_padding_is_no_position(topk):
         scores = torch.randn(1, 10, 10, generator=torch.Generator().manual_seed(3)).to(DEVICE)
         scores = torch.nn.functional.pad(scores, (0, 10, 0, 10))
         indices = select_topk(scores, topk, visible.mask(Slab(0, 20, 20), q.device))
-    again = indexer_kl_triton(*padded, q, k, 0.25, visible, indices)
+    again = indexer_kl(*padded, q, k, 0.25, visible, indices, backend="triton")
     assert again.item() == pytest.approx(loss.item(), rel=1e-6)
     for mine, before in zip(torch.autograd.grad(again * 3, padded), grads, strict=True):
         assert error_ratio(mine[:, :10], before) < 1e-6
@@ -415,10 +411,8 @@ def test_bug_6_padding_is_no_position(topk):
 
 @needs_kernels
 def test_the_backbone_gets_no_gradient():
-    from dsa.kernels.losses import indexer_kl_triton
-
     index, q, k = kl_inputs(B=1, T=3)
-    indexer_kl_triton(*index, q.requires_grad_(), k.requires_grad_(), 0.25, Visibility(3, 3)).backward()
+    indexer_kl(*index, q.requires_grad_(), k.requires_grad_(), 0.25, Visibility(3, 3), backend="triton").backward()
     assert q.grad is None and k.grad is None and all(x.grad is not None for x in index)
 
 
@@ -432,12 +426,10 @@ def test_index_keys_that_a_layer_norm_left_in_float32():
 
 @needs_kernels
 def test_an_explicit_mask_is_an_error():
-    from dsa.kernels.losses import indexer_kl_triton
-
     index, q, k = kl_inputs(B=1, T=3)
     explicit = torch.ones(1, 1, 3, 3, dtype=torch.bool, device=DEVICE)
     with pytest.raises(ValueError, match="explicit"):
-        indexer_kl_triton(*index, q, k, 0.25, Visibility(3, 3, explicit=explicit))
+        indexer_kl(*index, q, k, 0.25, Visibility(3, 3, explicit=explicit), backend="triton")
 
 
 # Where the kernels run
@@ -469,10 +461,10 @@ def test_the_first_use_on_a_device_compares_with_the_references(dtype, monkeypat
     check.verify.cache_clear()
     x = torch.zeros(1, device=device, dtype=dtype)
     with torch.no_grad():  # as in selection and evaluation
-        assert kernels.chosen(x, 32)
+        assert kernels.chosen(x, 32) == "triton"
     check.verify.cache_clear()
     with torch.inference_mode():
-        assert kernels.chosen(x, 32)
+        assert kernels.chosen(x, 32) == "triton"
     check.verify.cache_clear()
     monkeypatch.setattr(check, "_scores", lambda *_: 0.5)
     with pytest.raises(RuntimeError, match=r"index scores kernel .* is off by 5\.0e-01 .*DSA_BACKEND=gather"):
@@ -520,9 +512,8 @@ def test_every_kernel_compiles_for_hopper(monkeypatch, tmp_path):
     from triton.backends.compiler import GPUTarget
     from triton.runtime import JITFunction, driver
 
-    from dsa.kernels.attention import sparse_attention_triton
-    from dsa.kernels.indexer import index_scores_triton
-    from dsa.kernels.losses import indexer_kl_triton
+    from dsa.kernels.triton.attention import sparse_attention_triton
+    from dsa.kernels.triton.indexer import index_scores_triton
 
     class Hopper:
         get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
@@ -541,7 +532,7 @@ def test_every_kernel_compiles_for_hopper(monkeypatch, tmp_path):
     monkeypatch.setattr(JITFunction, "run", compile_only)
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     for module in ("attention", "indexer", "losses"):
-        monkeypatch.setattr(f"dsa.kernels.{module}.require", lambda tensor, head_dim: None)
+        monkeypatch.setattr(f"dsa.kernels.triton.{module}.require", lambda tensor, head_dim: None)
     monkeypatch.setattr(driver, "_active", Hopper())
     q, k, v, indices = attention_inputs(1, 14, 2, 40, 40, 64, 16, torch.bfloat16)
     sparse_attention_triton(q, k, v, indices, 0.125)[0].sum().backward()
@@ -551,5 +542,5 @@ def test_every_kernel_compiles_for_hopper(monkeypatch, tmp_path):
     index_scores_triton(*index, offset=0)
     index = [x.requires_grad_() for x in index]
     for chosen in (None, indices):
-        indexer_kl_triton(*index, q, k, 0.125, Visibility(40, 40), chosen).backward()
+        indexer_kl(*index, q, k, 0.125, Visibility(40, 40), chosen, backend="triton").backward()
     assert len(compiled) == 13

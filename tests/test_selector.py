@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dsa import select_topk
+from dsa import reference, select_topk
 from dsa.selector import STRIDE, control_scores, latest_keys
 
 
@@ -37,6 +37,7 @@ def test_equals_a_sort(T, S, topk, kind):
     got = select_topk(scores, topk, mask)
     assert got.dtype == torch.int32
     assert torch.equal(got, naive(scores, topk, mask))
+    assert torch.equal(reference.select_topk(scores, topk, mask), got)
 
 
 def test_bug_8_topk_larger_than_the_context_is_clamped():

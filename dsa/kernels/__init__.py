@@ -1,14 +1,11 @@
-"""Triton kernels: sparse attention, index scores and the indexer's loss, forward and backward.
+"""Kernels: what computes the equations of dsa/reference.py fast, and the choice of what runs.
 
-Nothing here is imported until a kernel is asked for: the package works where Triton is not installed. Every gradient is
-deterministic (no atomics), and nothing of size T x S is stored but the slab of index scores that a caller asks for.
+Nothing that a platform may lack is imported until a kernel is asked for: the package works where Triton is not
+installed.
 
-    attention.py    forward and the query-owned half of the backward
-    decode.py       few queries, many keys: split the keys over programs, then merge
-    inverse.py      which queries selected a key: the key-owned half of every sparse backward
-    indexer.py      index scores
-    losses.py       the indexer's KL: over all visible keys in dense_kl.py, over the selected ones in sparse_kl.py
-    check.py        the first use on a device compares every kernel with its reference
+    triton/     for CUDA
+    cpu/        in C, compiled on first use
+    check.py    the first use on a device compares every kernel with the reference
 """
 
 import importlib.util
@@ -20,7 +17,13 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-VARIABLE = "DSA_BACKEND"  # "triton" or "gather": what the machine shall use where the caller names no backend
+BACKENDS = {
+    "reference": "reference",
+    "gather": "PyTorch",
+    "triton": "Triton kernels",
+    "cpu": "CPU kernels",
+}  # as logged
+VARIABLE = "DSA_BACKEND"  # "triton", "cpu" or "gather": what the machine shall use where the caller names no backend
 HEAD_DIMS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -55,33 +58,54 @@ def interpreted() -> bool:
     return not isinstance(standard.sum, JITFunction)
 
 
-def chosen(tensor: torch.Tensor, head_dim: int, operation: str | None = None) -> bool:
-    """Whether the kernels are to be used on `tensor` where the caller names no backend: on CUDA, if they can be.
+def chosen(tensor: torch.Tensor, head_dim: int, operation: str | None = None, cpu: tuple | None = None) -> str:
+    """The backend for `tensor` where the caller names none: "triton" on CUDA and "cpu" on a CPU, if their kernels can
+    run, else "gather".
 
     DSA_BACKEND overrides it. The choice is logged once for each operation that is named, and each kind of device.
-    Raises ValueError where DSA_BACKEND asks for the impossible or is no backend, RuntimeError where the kernels turn
-    out to be wrong on this device.
+
+    Args:
+        cpu: the module of dsa/kernels/cpu that has the operation, if one has, and what it is compiled for, the
+            arguments of its `obstacle`.
+
+    Raises:
+        ValueError: DSA_BACKEND asks for the impossible or is no backend.
+        RuntimeError: the kernels turn out to be wrong on this device.
     """
     wanted = os.environ.get(VARIABLE) or None
-    if wanted not in (None, "triton", "gather"):
-        raise ValueError(f"{VARIABLE}: {wanted!r} is neither triton nor gather")
+    if wanted not in (None, "triton", "gather", "cpu"):
+        raise ValueError(f"{VARIABLE}: {wanted!r} is neither triton nor gather nor cpu")
+    choice, reason = "gather", None
     if wanted == "triton":
         require(tensor, head_dim)
-    possible = tensor.is_cuda and not obstacle(tensor.device, tensor.dtype, head_dim)
-    use = wanted == "triton" or (wanted is None and possible)
+        choice = "triton"
+    elif wanted == "cpu" and tensor.device.type != "cpu":
+        raise ValueError(f'backend "cpu" cannot run: the tensors are on {tensor.device.type}')
+    elif wanted is None and tensor.is_cuda:
+        if not obstacle(tensor.device, tensor.dtype, head_dim):
+            choice = "triton"
+    elif wanted != "gather" and cpu is not None and tensor.device.type == "cpu":
+        module, *shape = cpu
+        reason = module.obstacle(*shape)
+        if reason and wanted == "cpu":
+            raise ValueError(f'backend "cpu" cannot run: {reason}')
+        choice = "gather" if reason else "cpu"
     if operation:
-        log_choice(operation, "Triton kernels" if use else "PyTorch", tensor.device.type)
-    if use:
-        from dsa.kernels.check import verify
+        log_choice(operation, BACKENDS[choice], tensor.device.type, reason)
+    if choice != "gather":
+        from dsa.kernels import check
 
-        verify(tensor.device, tensor.dtype, head_dim)
-    return use
+        if choice == "triton":
+            check.verify(tensor.device, tensor.dtype, head_dim)
+        else:
+            check.verify_cpu(module, *shape)
+    return choice
 
 
 @lru_cache
-def log_choice(operation: str, choice: str, device: str) -> None:
+def log_choice(operation: str, choice: str, device: str, reason: str | None = None) -> None:
     """Say once what runs: a silent fall-back is a bug that costs days."""
-    logger.info("%s: %s on %s", operation, choice, device)
+    logger.info("%s: %s on %s%s", operation, choice, device, f", as {reason}" if reason else "")
 
 
 def require(tensor: torch.Tensor, head_dim: int) -> None:

@@ -3,35 +3,47 @@
 Small tensors, a few milliseconds; a disagreement stops the program rather than spoil a training run.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
+from types import ModuleType
 
 import torch
 
-from dsa import kernels
+from dsa import kernels, reference
+from dsa.kernels.cpu import select
+from dsa.masks import Slab, Visibility
 
 # Of a relative RMS error, against float64: some roundings of the type for sums of this length.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.int8: 1e-4}
 
 
 @lru_cache
 def verify(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
-    """Raise RuntimeError where a kernel does not run here, or does not agree with its reference."""
+    """Raise RuntimeError where a Triton kernel does not run here, or does not agree with its reference."""
     for name, compare in (("sparse attention", _attention), ("index scores", _scores), ("indexer loss", _loss)):
-        try:
-            # The first use may be within no_grad, inference mode or autocast.
-            with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-                worst = compare(device, dtype, head_dim)
-        except Exception as error:
-            raise RuntimeError(f"{_kernel(name, device, dtype)} does not run: {error}. {HELP}") from error
-        if not worst < TOLERANCE[dtype]:
-            raise RuntimeError(f"{_kernel(name, device, dtype)} is off by {worst:.1e} (relative). {HELP}")
+        _verify(f"the {name} kernel on {device} in {dtype}", compare, device, dtype, head_dim)
+
+
+@lru_cache
+def verify_cpu(module: ModuleType, dtype: torch.dtype, *sizes: int) -> None:
+    """The same of an operation of dsa/kernels/cpu, compiled for such a type and sizes."""
+    name, compare = CPU[module]
+    kernel = f"the {name} kernel on this processor in {dtype} for {sizes}"
+    _verify(kernel, compare, torch.device("cpu"), dtype, *sizes)
+
+
+def _verify(kernel: str, compare: Callable[..., float], device: torch.device, dtype: torch.dtype, *sizes: int) -> None:
+    try:
+        # The first use may be within no_grad, inference mode or autocast.
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            worst = compare(device, dtype, *sizes)
+    except Exception as error:
+        raise RuntimeError(f"{kernel} does not run: {error}. {HELP}") from error
+    if not worst < TOLERANCE[dtype]:
+        raise RuntimeError(f"{kernel} is off by {worst:.1e} (relative). {HELP}")
 
 
 HELP = f"Set {kernels.VARIABLE}=gather to use PyTorch's own operations, and please report this"
-
-
-def _kernel(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    return f"the {name} kernel on {device} in {dtype}"
 
 
 def _random(device, dtype, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -62,42 +74,60 @@ def _compare(fast, slow, inputs: list[torch.Tensor]) -> float:
 
 
 def _attention(device, dtype, head_dim: int) -> float:
-    from dsa.attention import sparse_attention_reference
-    from dsa.kernels.attention import sparse_attention_triton
+    from dsa.kernels.triton.attention import sparse_attention_triton
 
     inputs = _random(device, dtype, (1, 4, 40, head_dim), (1, 2, 40, head_dim), (1, 2, 40, head_dim))
     indices, scaling = _indices(device), head_dim**-0.5
     return _compare(
         lambda *x: sparse_attention_triton(*x, indices, scaling)[0],
-        lambda *x: sparse_attention_reference(*x, indices, scaling),
+        lambda *x: reference.sparse_attention(*x, indices, scaling),
         inputs,
     )
 
 
 def _scores(device, dtype, head_dim: int) -> float:
-    from dsa.kernels.indexer import index_scores_triton
+    from dsa.kernels.triton.indexer import index_scores_triton
 
     q, k, weights = (x.detach() for x in _random(device, dtype, (1, 40, 3, 32), (1, 40, 32), (1, 40, 3)))
-    dots = torch.einsum("bthd,bsd->bths", q.double(), k.double()).relu()
-    reference = torch.einsum("bth,bths->bts", weights.double(), dots) * (3 * 32) ** -0.5
-    return _error([index_scores_triton(q, k, weights)], [reference])
+    wide = reference.index_scores(q.double(), k.double(), weights.double())
+    return _error([index_scores_triton(q, k, weights)], [wide])
 
 
 def _loss(device, dtype, head_dim: int) -> float:
-    from dsa.kernels.losses import indexer_kl_triton
-    from dsa.losses import indexer_kl_reference
-    from dsa.masks import Visibility
+    from dsa.kernels.triton.losses import kl_in_tiles
 
     index = _random(device, dtype, (1, 40, 3, 32), (1, 40, 32), (1, 40, 3))
+    wide = [x.detach().double().requires_grad_() for x in index]
     q, k = (x.detach() for x in _random(device, dtype, (1, 4, 40, head_dim), (1, 2, 40, head_dim)))
-    visible, scaling = Visibility(40, 40), head_dim**-0.5
+    visible, valid, scaling = Visibility(40, 40), torch.ones(1, 40, dtype=torch.bool, device=device), head_dim**-0.5
     worst = 0.0
     for indices in (None, _indices(device)):
-
-        def reference(*x, indices=indices):
-            return indexer_kl_reference(*x, q.double(), k.double(), scaling, visible, indices)
-
-        worst = max(
-            worst, _compare(lambda *x, i=indices: indexer_kl_triton(*x, q, k, scaling, visible, i), reference, index)
-        )
+        total, grads = kl_in_tiles([x.detach() for x in index], q, k, scaling, visible, indices, valid, wanted=True)
+        mean = reference.indexer_kl(*wide, q.double(), k.double(), scaling, visible, indices)
+        expected = [mean.detach(), *torch.autograd.grad(mean, wide)]
+        worst = max(worst, _error([x / valid.sum() for x in (total, *grads)], expected))
     return worst
+
+
+def _selection(device, dtype, heads: int, head_dim: int) -> float:
+    """By the scores that the selected keys have and should have: keys that nearly tie may be others."""
+    T, S, topk = 40, 250, 16
+    q, k, weights = (
+        x.detach() for x in _random(device, torch.float32, (1, T, heads, head_dim), (1, S, head_dim), (1, T, heads))
+    )
+    if dtype == torch.int8:  # with a scale of one
+        q, k = (8 * q).round(), (8 * k).round()
+        rows = torch.cat([k.to(dtype), torch.ones(1, S, 1).view(dtype)], dim=-1)
+    else:
+        q, k = q.to(dtype), k.to(dtype)
+        rows = k
+    visible = Visibility(T, S, S - T)
+    scale = (heads * head_dim) ** -0.5
+    keys, scores = select.select(q.to(dtype), rows, weights * scale, topk, visible)
+    wide = reference.index_scores(q.double(), k.double(), weights.double())
+    best = wide.gather(2, reference.select_topk(wide, topk, visible.mask(Slab(0, T, S), device)).long())
+    ours = wide.gather(2, keys.long())
+    return _error([scores, ours.sort().values], [ours, best.sort().values])
+
+
+CPU = {select: ("key selection", _selection)}

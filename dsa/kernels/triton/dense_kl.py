@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from dsa.kernels.attention import load_heads
-from dsa.kernels.indexer import Index, index_block, index_views, load_index_keys, load_index_queries
-from dsa.kernels.views import View, view
+from dsa.kernels.triton.attention import load_heads
+from dsa.kernels.triton.indexer import Index, index_block, index_views, load_index_keys, load_index_queries
+from dsa.kernels.triton.views import View, view
 
 BLOCK_T, BLOCK_S = 16, 32
 NUM_WARPS = 8

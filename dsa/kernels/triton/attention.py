@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 from dsa.kernels import require
-from dsa.kernels.decode import merge, split_count
-from dsa.kernels.inverse import InversePointers, chunk_bounds, invert, sum_chunks
-from dsa.kernels.views import View, view
+from dsa.kernels.triton.decode import merge, split_count
+from dsa.kernels.triton.inverse import InversePointers, chunk_bounds, invert, sum_chunks
+from dsa.kernels.triton.views import View, view
 
 BLOCK_K = 64  # selected keys at once
 MIN_ROWS = 16  # the fewest rows that a matrix product takes; fewer heads are padded

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from dsa.kernels import require
-from dsa.kernels.views import View, same_dtype, view
+from dsa.kernels.triton.views import View, same_dtype, view
 
 BLOCK_T, BLOCK_S = 64, 64
 NUM_WARPS = 4

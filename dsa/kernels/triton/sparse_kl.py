@@ -10,10 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from dsa.kernels.attention import BLOCK_K, CHUNK_ROWS, MIN_ROWS, attend, load_heads, load_indices, row_lengths
-from dsa.kernels.indexer import Index, index_block, index_views, load_index_keys, load_index_queries
-from dsa.kernels.inverse import InversePointers, chunk_bounds, invert, sum_chunks
-from dsa.kernels.views import View, view
+from dsa.kernels.triton.attention import BLOCK_K, CHUNK_ROWS, MIN_ROWS, attend, load_heads, load_indices, row_lengths
+from dsa.kernels.triton.indexer import Index, index_block, index_views, load_index_keys, load_index_queries
+from dsa.kernels.triton.inverse import InversePointers, chunk_bounds, invert, sum_chunks
+from dsa.kernels.triton.views import View, view
 
 NUM_WARPS = 4
 

@@ -8,24 +8,25 @@ and the sums, the second for the gradient dI = softmax(I) - p, which goes on to 
 import torch
 
 from dsa.kernels import require
-from dsa.kernels.dense_kl import Spans, dense_gradients, dense_rows
-from dsa.kernels.sparse_kl import sparse_gradients, sparse_rows
-from dsa.kernels.views import same_dtype
-from dsa.losses import MeanLoss
+from dsa.kernels.triton.dense_kl import Spans, dense_gradients, dense_rows
+from dsa.kernels.triton.sparse_kl import sparse_gradients, sparse_rows
+from dsa.kernels.triton.views import same_dtype
 from dsa.masks import Visibility
 
+Index = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # index queries, keys and weights
 
-def indexer_kl_triton(
-    index_q: torch.Tensor,
-    index_k: torch.Tensor,
-    index_weights: torch.Tensor,
+
+def kl_in_tiles(
+    index: Index,
     q: torch.Tensor,
     k: torch.Tensor,
     scaling: float,
     visible: Visibility,
-    indices: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Arguments, value and gradients of `dsa.losses.indexer_kl`.
+    indices: torch.Tensor | None,
+    valid: torch.Tensor,
+    wanted: bool,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """For `dsa.losses.MeanLoss`: the sum of the losses of the `valid` [B, T] queries and, if `wanted`, its gradients.
 
     Memory beyond the gradients: O(T H), and in sparse training [B, T, K] while it runs.
 
@@ -34,13 +35,8 @@ def indexer_kl_triton(
     """
     if visible.explicit is not None:
         raise ValueError("the indexer-loss kernels take key masks and documents, no explicit [B, 1, T, S] mask")
-    q, k = same_dtype(q.detach(), k.detach())
+    q, k = same_dtype(q, k)
     require(q, q.shape[3])
-    return MeanLoss.apply(_kl_in_tiles, index_q, index_k, index_weights, q, k, scaling, visible, indices)
-
-
-def _kl_in_tiles(index, q, k, scaling, visible, indices, valid, wanted):
-    """For `MeanLoss`: the sum of the queries' losses, and its gradients."""
     index = *same_dtype(*index[:2]), index[2]
     require(index[0], q.shape[3])
     if indices is None:

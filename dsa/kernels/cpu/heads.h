@@ -1,0 +1,194 @@
+// The heads of one query and the keys that it selected: products, weighted sums and gradients, one row of memory a key.
+//
+// A row is [PARTS][D][HKV]: for each d the numbers of its HKV key heads are neighbours. The query's heads are the lanes
+// of a vector, lane g * HKV + h for the g-th query head of key head h, so that nothing is summed across lanes and a
+// softmax goes lane by lane.
+//
+// Compiled for one shape: -DHQ= query heads, -DHKV= key heads (1, 2, 4 or 8), -DD= their width. Tensors that come and go
+// are float, with -DBF16 bfloat16; all that is computed is float.
+#pragma once
+#include "vec.h"
+
+#define G (HQ / HKV)                          // query heads that share a key head
+#define LN (HQ <= 4 ? 4 : HQ <= 8 ? 8 : 16)   // lanes for heads; those past HQ hold zeros
+#define PART (D * HKV)                        // numbers of a part: of K, or of V
+#define ROW (PARTS * PART)
+#define COLS (PART / LANES)                   // vectors in a part
+#define AHEAD 8                               // keys between a prefetch and its use
+#define SLACK (2 * AHEAD)                     // entries behind a list of indices that may be read
+_Static_assert(HQ <= 16 && HQ % HKV == 0 && 8 % HKV == 0 && PART % LANES == 0, "shape not supported");
+
+typedef VECTOR(float, LN) vh;
+typedef VECTOR(int32_t, LN) vhi;
+
+#ifdef BF16
+typedef uint16_t number;
+static inline float widen(number x) {
+    union { uint32_t bits; float value; } u = {(uint32_t)x << 16};
+    return u.value;
+}
+static inline number narrow(float x) {  // to the nearest, ties to even; NaN stays NaN
+    union { float value; uint32_t bits; } u = {x};
+    return x == x ? (u.bits + 0x7fff + (u.bits >> 16 & 1)) >> 16 : u.bits >> 16 | 0x40;
+}
+#else
+typedef float number;
+static inline float widen(number x) { return x; }
+static inline number narrow(float x) { return x; }
+#endif
+
+// HKV neighbouring numbers over and over: what the lanes of a vector V see of one d of a key, or of one g of a weight.
+#define REPEAT(V, p) ({ V r_; const float *p_ = (p); \
+    UNROLL for (unsigned i_ = 0; i_ < sizeof(V) / 4; i_++) r_[i_] = p_[i_ % HKV]; r_; })
+
+#define HEAD_OF(c) ((c) * LANES % HKV)  // key head of the first lane of column c: 0, unless a vector is narrower than HKV
+
+static inline const float *row_of(const float *rows, int32_t key) { return rows + key * (int64_t)ROW; }
+
+static inline void fetch(const float *part) {
+    UNROLL for (int c = 0; c < PART; c += 16) __builtin_prefetch(part + c);
+}
+
+// out [n][LN] = for each key of ix [n] its part . x [D][LN]. NB keys share each load of x, so n is rounded up to NB:
+// out and ix have slack.
+#define NB (LN / LANES * 8 <= REGISTERS - 8 ? 8 : 4)
+static inline void rows_dot(const float *part, const int32_t *ix, int n, const vh *x, vh *out) {
+    for (int i = 0; i < n; i += NB) {
+        const float *row[NB];
+        UNROLL for (int u = 0; u < NB; u++) {
+            row[u] = row_of(part, ix[i + u]);
+            fetch(row_of(part, ix[i + u + AHEAD]));
+        }
+        vh acc[NB] = {};
+#pragma clang loop unroll_count(4)
+        for (int d = 0; d < D; d++)
+            UNROLL for (int u = 0; u < NB; u++) acc[u] += REPEAT(vh, row[u] + d * HKV) * x[d];
+        UNROLL for (int u = 0; u < NB; u++) out[i + u] = acc[u];
+    }
+}
+
+// o [G][D][HKV] = o x keep [LN] + sum over ix [n] of p [n][LN] x part. Lanes are columns of a part; NG x NC accumulators.
+#define NG (G <= REGISTERS - 6 ? G : (G + 1) / 2)
+#define NC (NG * 2 <= REGISTERS - 6 && COLS % 2 == 0 ? 2 : 1)
+static inline void rows_sum(const float *part, const int32_t *ix, int n, const vh *p, vh keep, float *o) {
+    for (int c = 0; c < COLS; c += NC)
+        UNROLL for (int g0 = 0; g0 < G; g0 += NG) {
+            const int groups = G - g0 < NG ? G - g0 : NG;
+            vf acc[NG][NC];
+            UNROLL for (int g = 0; g < groups; g++)
+                UNROLL for (int j = 0; j < NC; j++)
+                    acc[g][j] = load(o + (g0 + g) * PART + (c + j) * LANES) *
+                                REPEAT(vf, (const float *)&keep + (g0 + g) * HKV + HEAD_OF(c + j));
+            for (int i = 0; i < n; i++) {
+                const float *row = row_of(part, ix[i]) + c * LANES, *w = (const float *)&p[i] + g0 * HKV;
+                const float *later = row_of(part, ix[i + AHEAD]) + c * LANES;
+                vf v[NC];
+                UNROLL for (int j = 0; j < NC; j++) {
+                    v[j] = load(row + j * LANES);
+                    __builtin_prefetch(later + j * LANES);
+                }
+                UNROLL for (int g = 0; g < groups; g++)
+                    UNROLL for (int j = 0; j < NC; j++) acc[g][j] += REPEAT(vf, w + g * HKV + HEAD_OF(c + j)) * v[j];
+            }
+            UNROLL for (int g = 0; g < groups; g++)
+                UNROLL for (int j = 0; j < NC; j++) store(o + (g0 + g) * PART + (c + j) * LANES, acc[g][j]);
+        }
+}
+
+// The part of each key of ix [n] += sum over g of w [n][LN] x x [G][D][HKV]. Two keys share each load of x: n is rounded
+// up to 2, and w has a row of zeros behind it.
+#define SC (COLS < REGISTERS / 4 ? COLS : REGISTERS / 4)  // columns at once: 2 x SC accumulators
+static inline void rows_add(float *part, const int32_t *ix, int n, const vh *w, const float *x) {
+    for (int i = 0; i < n; i += 2) {
+        fetch(row_of(part, ix[i + AHEAD - 2]));
+        fetch(row_of(part, ix[i + AHEAD - 1]));
+        for (int c = 0; c < COLS; c += SC) {
+            vf acc[2][SC] = {};
+            UNROLL for (int g = 0; g < G; g++) {
+                const float *w0 = (const float *)&w[i] + g * HKV, *w1 = w0 + LN;
+                UNROLL for (int j = 0; j < SC; j++) {
+                    vf v = load(x + g * PART + (c + j) * LANES);
+                    acc[0][j] += REPEAT(vf, w0 + HEAD_OF(c + j)) * v;
+                    acc[1][j] += REPEAT(vf, w1 + HEAD_OF(c + j)) * v;
+                }
+            }
+            UNROLL for (int u = 0; u < 2; u++) {
+                float *row = (float *)row_of(part, ix[i + u]) + c * LANES;
+                UNROLL for (int j = 0; j < SC; j++) store(row + j * LANES, load(row + j * LANES) + acc[u][j]);
+            }
+        }
+    }
+}
+
+// A query's heads x [HQ][D], scaled, so that lanes are heads: [D][LN].
+static inline void turn(const number *x, float scale, vh *out) {
+    for (int h = 0; h < HKV; h++)
+        for (int g = 0; g < G; g++)
+            for (int d = 0; d < D; d++) ((float *)&out[d])[g * HKV + h] = widen(x[(h * G + g) * D + d]) * scale;
+}
+
+// The same so that lanes are columns: [G][D][HKV].
+static inline void spread(const number *x, float scale, float *out) {
+    for (int h = 0; h < HKV; h++)
+        for (int g = 0; g < G; g++)
+            for (int d = 0; d < D; d++) out[(g * D + d) * HKV + h] = widen(x[(h * G + g) * D + d]) * scale;
+}
+
+// And back: o [G][D][HKV] x scale [LN] -> [HQ][D].
+static inline void gather_heads(const float *o, vh scale, number *out) {
+    for (int h = 0; h < HKV; h++)
+        for (int g = 0; g < G; g++)
+            for (int d = 0; d < D; d++) out[(h * G + g) * D + d] = narrow(o[(g * D + d) * HKV + h] * scale[g * HKV + h]);
+}
+
+// The keys among indices [K], -1 for none, side by side at to [K + LANES + SLACK]; their number.
+static inline int copy_indices(const int32_t *indices, int64_t K, int32_t *to) {
+    int n = 0;
+    int64_t i = 0;
+    for (; i + LANES <= K; i += LANES) {
+        vi key = load_int(indices + i);
+        uint32_t some = bits_of(key >= 0);
+        compress(to + n, key, some);
+        n += __builtin_popcount(some);
+    }
+    for (; i < K; i++)
+        if (indices[i] >= 0) to[n++] = indices[i];
+    for (int j = 0; j < SLACK; j++) to[n + j] = n ? to[n - 1] : 0;
+    return n;
+}
+
+static inline vh maximum(vh a, vh b) {  // b where one is NaN; as a choice it is one instruction
+    vhi a_wins = a > b;
+    return (vh)((a_wins & (vhi)a) | (~a_wins & (vhi)b));
+}
+
+// e^x for x <= 88 (Cephes: 2^round(x / ln 2) times a polynomial of the rest); below -87 about 0.
+static inline vh exponential(vh x) {
+    x = maximum((vh){} - 87.33654f, x);
+    vh n = __builtin_elementwise_rint(x * 1.44269504f);
+    x = x - n * 0.693145751953125f;
+    x = x - n * 1.428606765330187e-06f;
+    vh y = x * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * x + 8.3334519073e-3f;
+    y = y * x + 4.1665795894e-2f;
+    y = y * x + 1.6666665459e-1f;
+    y = y * x + 5.0000001201e-1f;
+    y = y * (x * x) + x + 1.0f;
+    return y * (vh)((__builtin_convertvector(n, vhi) + 127) << 23);
+}
+
+// ln x for normal x > 0 (Cephes: of x = m 2^e, sqrt(1/2) <= m < sqrt(2), a polynomial of m - 1).
+static inline vh logarithm(vh x) {
+    vhi bits = (vhi)x - 0x3f3504f3, e = bits >> 23;  // sqrt(1/2)
+    vh m = (vh)((bits & 0x7fffff) + 0x3f3504f3) - 1.0f, n = __builtin_convertvector(e, vh), z = m * m;
+    vh y = m * 7.0376836292e-2f - 1.1514610310e-1f;
+    y = y * m + 1.1676998740e-1f;
+    y = y * m - 1.2420140846e-1f;
+    y = y * m + 1.4249322787e-1f;
+    y = y * m - 1.6668057665e-1f;
+    y = y * m + 2.0000714765e-1f;
+    y = y * m - 2.4999993993e-1f;
+    y = y * m + 3.3333331174e-1f;
+    y = y * m * z - 2.12194440e-4f * n - 0.5f * z;
+    return m + y + 0.693359375f * n;
+}

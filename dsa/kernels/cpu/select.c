@@ -1,0 +1,249 @@
+// The k best keys of each query by its index score  sum_h w[h] relu(q[h] . key):  exact, indices ascending, ties to the
+// lower index, NaN as -inf.
+//
+// Scores never go to memory: each tile of them is made in registers and compared there with the query's floor, the
+// k-th best score so far. The few that pass are appended to the query's list; a list that is nearly full is cut back to
+// its k best, which raises the floor. A score is summed over d, then over heads, each in order, whatever else is
+// computed beside it: prefill, chunks of it and decoding have the same bits.
+//
+// Compiled for one shape: -DH= index heads and -DD= their width, and one type of keys (tile.h).
+#include "tile.h"
+
+#define BLOCK 16                         // queries that share a tile while it is in L1
+#define HEADS (H < 4 ? H : 4)            // heads at once
+#define QUERIES (H < 3 ? 4 / H : 1)      // queries at once: as many rows of accumulators as four heads
+#define INFINITY __builtin_inff()
+
+// What one query has found. scores, keys [cap + LANES]
+struct list {
+    int32_t first, last;  // the keys that it sees, but for padding
+    float floor;          // NaN: there are fewer than k so far, and all are welcome
+    int32_t n;
+    float *scores;
+    int32_t *keys;
+};
+
+static inline void append(struct list *list, vf scores, vi keys, uint32_t which) {
+    compress(list->scores + list->n, (vi)scores, which);
+    compress(list->keys + list->n, keys, which);
+    list->n += __builtin_popcount(which);
+}
+
+static inline vi seen(const struct list *list, vi position) {
+    return (position >= list->first) & (position <= list->last);
+}
+
+static inline vf relu(vf x) { return (vf)((vi)x & ~(x < 0)); }  // keeps NaN
+
+// `queries` queries against one tile. q [queries][H][STEPS], w [queries][H]. Inlined, for each number of queries.
+static inline __attribute__((always_inline)) void rank(const int queries, const number *q, const float *w,
+                                                       const struct tile *tile, struct list *lists) {
+    const int rows = queries * HEADS;
+    const int nv = REGISTERS == 32 || rows == 1 ? 6 : rows == 2 ? 4 : 2;  // vectors of keys at once, by registers
+    for (int c = 0; c < NT; c += nv * LANES) {
+        vf sum[QUERIES][6] = {};
+        UNROLL for (int h0 = 0; h0 < H; h0 += HEADS) {
+            vn acc[QUERIES * HEADS][6] = {};
+#pragma clang loop unroll_count(2)
+            for (int d = 0; d < STEPS; d++)
+                UNROLL for (int r = 0; r < rows; r++)
+                    UNROLL for (int j = 0; j < nv; j++)
+                        if (h0 + r % HEADS < H)
+                            acc[r][j] = add_product(acc[r][j], q[(r / HEADS * H + h0 + r % HEADS) * STEPS + d],
+                                                    load_numbers(tile->k[d] + c + j * LANES));
+
+            UNROLL for (int r = 0; r < rows; r++)
+                UNROLL for (int j = 0; j < nv; j++)
+                    if (h0 + r % HEADS < H) {
+#ifdef BYTES
+                        vf x = __builtin_convertvector(acc[r][j] - load_int(tile->bias + c + j * LANES), vf);
+#else
+                        vf x = acc[r][j];
+#endif
+                        sum[r / HEADS][j] += w[r / HEADS * H + h0 + r % HEADS] * relu(x);
+                    }
+        }
+        UNROLL for (int m = 0; m < queries; m++)
+            UNROLL for (int j = 0; j < nv; j++) {
+                vf score = sum[m][j];
+#ifdef INT8
+                score *= load(tile->scale + c + j * LANES);
+#endif
+                vi key = load_int(tile->position + c + j * LANES);
+                // Not at the floor either: a later score equal to it loses to the lower index anyway.
+                uint32_t which = bits_of(~(score <= lists[m].floor) & seen(&lists[m], key));
+                if (which) append(&lists[m], (vf)blend(score == score, (vi)score, (vi)all(-INFINITY)), key, which);
+            }
+    }
+}
+
+// All keys of a tile that the query sees, whatever their scores.
+static void take(const struct tile *tile, struct list *list) {
+    for (int c = 0; c < NT; c += LANES) {
+        vi key = load_int(tile->position + c);
+        append(list, (vf){}, key, bits_of(seen(list, key)));
+    }
+}
+
+static void sort(float *x, int n) {
+    for (int i = 1; i < n; i++) {
+        float v = x[i];
+        int j = i;
+        for (; j > 0 && x[j - 1] > v; j--) x[j] = x[j - 1];
+        x[j] = v;
+    }
+}
+
+// The k-th largest of x[n]. Quickselect: all above and all below a pivot go to two new arrays, one of them is searched
+// on. The pivot is the one of 15 samples whose rank fits k best, so about two rounds are enough. scratch [4][stride]
+static float kth_largest(const float *x, int n, int k, float *scratch, int64_t stride) {
+    enum { SAMPLES = 15, FEW = 24 };
+    for (int round = 0; n > FEW; round ^= 1) {
+        float sample[SAMPLES];
+        for (int i = 0; i < SAMPLES; i++) sample[i] = x[i * (n / SAMPLES) + n / (2 * SAMPLES)];
+        sort(sample, SAMPLES);
+        float pivot = sample[(int64_t)SAMPLES * (n - k) / n];
+        float *above = scratch + 2 * round * stride, *below = above + stride;
+        int a = 0, b = 0;
+        for (int i = 0; i < n; i += LANES) {
+            vf v = load(x + i);
+            vi live = count_up(i) < n;
+            uint32_t up = bits_of((v > pivot) & live), down = bits_of((v < pivot) & live);
+            compress(above + a, (vi)v, up);
+            compress(below + b, (vi)v, down);
+            a += __builtin_popcount(up);
+            b += __builtin_popcount(down);
+        }
+        if (k <= a) x = above, n = a;
+        else if (k > n - b) k -= n - b, x = below, n = b;
+        else return pivot;
+    }
+    float last[FEW];
+    __builtin_memcpy(last, x, n * sizeof *x);
+    sort(last, n);
+    return last[n - k];
+}
+
+// Cut a list to its k best in place, order kept; the k-th score is its floor from now on.
+static void shrink(struct list *list, int k, float *scratch, int64_t stride) {
+    float floor = kth_largest(list->scores, list->n, k, scratch, stride);
+    int n = list->n, equal = k;  // how many of those equal to the floor still fit: the first, whose index is lower
+    for (int i = 0; i < n; i++) equal -= list->scores[i] > floor;
+    list->n = 0;
+    list->floor = floor;
+    for (int i = 0; i < n; i += LANES) {
+        vf score = load(list->scores + i);
+        vi key = load_int(list->keys + i), live = count_up(i) < n;
+        uint32_t tied = bits_of((score == floor) & live);
+        while (__builtin_popcount(tied) > equal) tied ^= 1u << (31 - __builtin_clz(tied));
+        equal -= __builtin_popcount(tied);
+        append(list, score, key, bits_of((score > floor) & live) | tied);
+    }
+}
+
+// The list's k best to keys [k] and scores [k] (or NULL); -1 and 0 in the places that stay empty.
+static void finish(struct list *list, int k, int32_t *keys, float *scores, float *scratch, int64_t stride) {
+    if (list->n > k) shrink(list, k, scratch, stride);
+    __builtin_memcpy(keys, list->keys, list->n * sizeof *keys);
+    for (int i = list->n; i < k; i++) keys[i] = -1;
+    if (!scores) return;
+    __builtin_memcpy(scores, list->scores, list->n * sizeof *scores);
+    for (int i = list->n; i < k; i++) scores[i] = 0;
+}
+
+static struct list new_list(int32_t first, int32_t last, int m, float *scratch, int64_t stride) {
+    scratch += 2 * m * stride;
+    return (struct list){first, last, __builtin_nanf(""), 0, scratch, (int32_t *)(scratch + stride)};
+}
+
+static void load_queries(number *to, const void *q, int64_t from, int n) {
+#if defined BYTES
+    __builtin_memcpy(to, (const int8_t *)q + from * D, n * D);
+    for (int i = 0; i < n * STEPS; i++) to[i] ^= 0x80808080;  // + 128 in each byte
+#elif defined INT8
+    for (int i = 0; i < n * D; i++) to[i] = ((const int8_t *)q)[from * D + i];
+#else
+    __builtin_memcpy(to, (const float *)q + from * D, n * D * sizeof *to);
+#endif
+}
+
+int dsa_tile_keys(void) { return NT; }
+int dsa_tile_bytes(void) { return sizeof(struct tile); }
+int dsa_lanes(void) { return LANES; }
+int dsa_block(void) { return BLOCK; }
+
+// Tiles from .. to - 1 of rows [S], see pack.
+void dsa_pack(const char *rows, int64_t stride, const uint8_t *real, int64_t S, int64_t from, int64_t to,
+              struct tile *tiles) {
+    for (int64_t i = from; i < to; i++) pack(&tiles[i], rows, stride, real, i * NT, S);
+}
+
+// Queries t0 .. t1 - 1 of q [T][H][D], float or int8, and w [T][H], head weights times all scales of q. Query t sees
+// the keys first[t] (or 0, where first is NULL) .. offset + t.
+// keys int32 [T][k], scores float [T][k] or NULL; scratch [2 BLOCK + 4][cap + LANES], cap >= k + NT.
+void dsa_select(const void *q, const float *w, const struct tile *tiles, const int32_t *first, int64_t offset,
+                int64_t t0, int64_t t1, int64_t k, int64_t cap, int32_t *keys, float *scores, float *scratch) {
+    int64_t stride = cap + LANES;
+    float *rest = scratch + 2 * BLOCK * stride;
+    number qs[BLOCK][H][STEPS] = {};  // zeros behind the last query
+    float ws[BLOCK][H] = {};
+    for (int64_t t = t0; t < t1; t += BLOCK) {
+        int n = t1 - t < BLOCK ? t1 - t : BLOCK;
+        load_queries(qs[0][0], q, t * H, n * H);
+        __builtin_memcpy(ws, w + t * H, n * sizeof *ws);
+        struct list lists[BLOCK];
+        int64_t begin = INT32_MAX;
+        int all_fit = !scores;  // no query sees more than k keys: nothing to rank
+        for (int m = 0; m < BLOCK; m++) {
+            int64_t from = m >= n ? INT32_MAX : first ? first[t + m] : 0, last = offset + t + m;
+            lists[m] = new_list(from, last, m, scratch, stride);
+            begin = from < begin ? from : begin;
+            all_fit &= last - from < k;
+        }
+        for (int64_t i = begin / NT; i * NT < offset + t + n; i++)
+            for (int m = 0; m < n; m += all_fit ? 1 : QUERIES) {
+                if (all_fit) {
+                    take(&tiles[i], &lists[m]);
+                    continue;
+                }
+                rank(QUERIES, qs[m][0], ws[m], &tiles[i], &lists[m]);
+                for (int j = m; j < m + QUERIES; j++)
+                    if (lists[j].n > cap - NT) shrink(&lists[j], k, rest, stride);
+            }
+        for (int m = 0; m < n; m++)
+            finish(&lists[m], k, keys + (t + m) * k, scores ? scores + (t + m) * k : 0, rest, stride);
+    }
+}
+
+// One query, q [H][D] and w [H], and those of the keys from .. to - 1 (from is a multiple of NT) that it sees, all up to
+// `last` but padding: read from rows [S], see pack, and each once. keys, scores [k]; scratch [6][cap + LANES].
+void dsa_select_one(const void *q, const float *w, const char *rows, int64_t row_bytes, const uint8_t *real, int64_t S,
+                    int64_t last, int64_t from, int64_t to, int64_t k, int64_t cap, int32_t *keys, float *scores,
+                    float *scratch) {
+    int64_t stride = cap + LANES;
+    float *rest = scratch + 2 * stride;
+    number qs[H][STEPS];
+    load_queries(qs[0], q, 0, H);
+    struct list list = new_list(0, last, 0, scratch, stride);
+    struct tile tile;
+    for (int64_t s = from; s < to && s <= last; s += NT) {
+        pack(&tile, rows, row_bytes, real, s, S);
+        rank(1, qs[0], w, &tile, &list);
+        if (list.n > cap - NT) shrink(&list, k, rest, stride);
+    }
+    finish(&list, k, keys, scores, rest, stride);
+}
+
+// The k best of what `parts` calls of dsa_select_one found in consecutive ranges: part_keys, part_scores [parts][k].
+// scratch [6][cap + LANES], cap >= parts * k
+void dsa_merge(const int32_t *part_keys, const float *part_scores, int64_t parts, int64_t k, int64_t cap, int32_t *keys,
+               float *scores, float *scratch) {
+    int64_t stride = cap + LANES;
+    struct list list = new_list(0, 0, 0, scratch, stride);
+    for (int64_t p = 0; p < parts; p++)
+        for (int64_t i = p * k; i < (p + 1) * k && part_keys[i] >= 0; i++) {
+            list.scores[list.n] = part_scores[i];
+            list.keys[list.n++] = part_keys[i];
+        }
+    finish(&list, k, keys, scores, scratch + 2 * stride, stride);
+}

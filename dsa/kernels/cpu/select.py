@@ -1,0 +1,127 @@
+"""`dsa.indexer.index_scores` and `dsa.selector.select_topk` in one pass that keeps no scores (select.c)."""
+
+import torch
+
+from dsa.kernels.cpu import build, threads
+from dsa.masks import Visibility
+
+HEADS = range(1, 17)
+HEAD_DIMS = (16, 32, 64, 128)
+DTYPES = {torch.float32: {}, torch.bfloat16: {"BF16": 1}, torch.int8: {"INT8": 1}}  # of keys
+ROWS = 256  # queries a job
+SPLIT = 4096  # keys that are worth a thread of their own in decoding
+
+
+def obstacle(dtype: torch.dtype, heads: int, head_dim: int) -> str | None:
+    """Why `select` cannot run for index keys of such a type, number of heads and head size; None if it can."""
+    if dtype not in DTYPES:
+        return f"index keys of {dtype} are not one of {tuple(DTYPES)}"
+    if heads not in HEADS or head_dim not in HEAD_DIMS:
+        return f"{heads} index heads of {head_dim} are not 1 to 16 of {HEAD_DIMS}"
+    return build.obstacle("select.c", H=heads, D=head_dim, **DTYPES[dtype])
+
+
+def fits(visible: Visibility) -> bool:
+    """Whether each query sees a range of keys, but for padding: no explicit mask, and documents one after the other."""
+    ordered = visible.documents is None or bool((visible.documents.diff(dim=-1) >= 0).all())
+    return visible.explicit is None and ordered and visible.offset + visible.length <= visible.keys
+
+
+def select(
+    q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor, topk: int, visible: Visibility
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys of each query with the largest sum_h weights[h] relu(q[h] . key).
+
+    Args:
+        q: [B, T, H, D], float; int8 where the keys are.
+        k: float32 or bfloat16 [B, S, D], or int8 [B, S, D + 4], see `dsa.indexer.pack_int8`; rows contiguous.
+        weights: float32 [B, T, H], times all scales but that of a key.
+        visible: what `fits`.
+
+    Returns:
+        int32 [B, T, min(topk, S)] as `select_topk`, and float32 scores of the same shape, 0 where there is no key.
+        The same bits whatever the number of threads, and for a query whatever is beside it in the call.
+    """
+    return _select(q, k, weights, topk, visible, True)
+
+
+def select_keys(q, k, weights, topk: int, visible: Visibility) -> torch.Tensor:
+    """`select` without the scores, which queries that see no more than topk keys then do not need at all."""
+    return _select(q, k, weights, topk, visible, False)[0]
+
+
+def _select(q, k, weights, topk, visible, with_scores):
+    B, T, H, D = q.shape
+    S = k.shape[1]
+    lib = build.library("select.c", H=H, D=D, **DTYPES[k.dtype])
+    q = q.contiguous() if k.dtype == torch.int8 else q.float().contiguous()
+    weights, k = weights.contiguous(), k if k.stride(-1) == 1 else k.contiguous()
+    topk = min(topk, S)
+    keys = torch.empty(B, T, topk, dtype=torch.int32)
+    scores = torch.empty(B, T, topk) if with_scores else None
+    real = [None] * B if visible.key_mask is None else visible.key_mask.expand(B, S).contiguous()
+    run = _one_query if T == 1 and visible.documents is None else _all_queries
+    run(lib, q, k, weights, topk, visible, real, keys, scores)
+    return keys, scores
+
+
+def _all_queries(lib, q, k, weights, topk, visible, real, keys, scores):
+    """Keys are packed into tiles once, then slabs of queries run over them."""
+    (B, T), S = q.shape[:2], k.shape[1]
+    first = [None] * B
+    if visible.documents is not None:
+        documents = visible.documents.expand(B, S).contiguous()
+        first = torch.searchsorted(documents, documents[:, :T].contiguous(), out_int32=True)
+    tile_keys = lib.dsa_tile_keys()
+    tiles = torch.empty(B, -(-S // tile_keys), lib.dsa_tile_bytes(), dtype=torch.uint8)
+    cap = _capacity(topk, S, tile_keys)
+
+    def pack(b: int, start: int) -> None:
+        stop = min(start + ROWS, tiles.shape[1])
+        build.call(lib.dsa_pack, k[b], k.stride(1) * k.itemsize, real[b], S, start, stop, tiles[b])
+
+    def slab(b: int, start: int) -> None:
+        found = None if scores is None else scores[b]
+        stop = min(start + ROWS, T)
+        build.call(
+            *(lib.dsa_select, q[b], weights[b], tiles[b], first[b], visible.offset, start, stop, topk, cap),
+            *(keys[b], found, _scratch(2 * lib.dsa_block() + 4, cap)),
+        )
+
+    threads.each(pack, [(b, start) for b in range(B) for start in range(0, tiles.shape[1], ROWS)])
+    threads.each(slab, [(b, start) for start in reversed(range(0, T, ROWS)) for b in range(B)])
+
+
+def _one_query(lib, q, k, weights, topk, visible, real, keys, scores):
+    """Decoding: keys are read where they are, by several threads, and what these found is merged."""
+    B, S = k.shape[:2]
+    tile_keys, seen = lib.dsa_tile_keys(), visible.offset + 1
+    parts = max(1, min(torch.get_num_threads() // B, seen // SPLIT))
+    length = -(-seen // (parts * tile_keys)) * tile_keys
+    cap = _capacity(topk, length, tile_keys)
+    some_keys, some_scores = keys[:, :, None].view(B, 1, topk), scores
+    if parts > 1:
+        some_keys, some_scores = keys.new_empty(B, parts, topk), torch.empty(B, parts, topk)
+
+    def part(b: int, i: int) -> None:
+        build.call(
+            *(lib.dsa_select_one, q[b], weights[b], k[b], k.stride(1) * k.itemsize, real[b], S, visible.offset),
+            *(i * length, (i + 1) * length, topk, cap),
+            *(some_keys[b, i], None if some_scores is None else some_scores[b, i], _scratch(6, cap)),
+        )
+
+    threads.each(part, [(b, i) for b in range(B) for i in range(parts)])
+    if parts > 1:
+        for b in range(B):
+            found = None if scores is None else scores[b]
+            scratch = _scratch(6, parts * topk)
+            build.call(lib.dsa_merge, some_keys[b], some_scores[b], parts, topk, parts * topk, keys[b], found, scratch)
+
+
+def _capacity(topk: int, keys: int, tile_keys: int) -> int:
+    """Of a query's list, filled before it is cut back to its k best: as seldom as the cache of a core allows."""
+    return max(topk, min(keys, topk * (8 if topk <= 512 else 3))) + tile_keys
+
+
+def _scratch(rows: int, cap: int) -> torch.Tensor:
+    return torch.empty(rows, cap + 16)  # a vector of slack
