@@ -23,6 +23,10 @@ class BadRow(ValueError):
     """A row that cannot be used; the message is the reason, short enough to be counted by."""
 
 
+class LeftOut(ValueError):
+    """A sound row that is not wanted; the message is the reason."""
+
+
 def split_of(key: str, test_fraction: float) -> str:
     """ "train" or "test", by a hash of `key`, so that everything with one key is on one side, whatever the seed."""
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
@@ -118,7 +122,7 @@ class Conversation:
 
 
 def render(tokenizer, messages: list[dict]) -> Conversation:
-    """Apply the tokenizer's own chat template and find the answers in the result."""
+    """Apply the tokenizer's own chat template and find the answers in the result. Raises BadRow."""
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     answers = []
     for i, message in enumerate(messages):
@@ -127,7 +131,7 @@ def render(tokenizer, messages: list[dict]) -> Conversation:
         head = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
         upto = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False).rstrip("\n")
         if not (text.startswith(head) and text.startswith(upto)):
-            raise ValueError("the chat template rewrites earlier turns: answers cannot be told from prompts")
+            raise BadRow("the chat template rewrites earlier turns: answers cannot be told from prompts")
         answers.append((len(head), len(upto)))
     return Conversation(text, answers)
 
@@ -158,6 +162,26 @@ def encode(tokenizer, conversations: Iterable[Conversation], max_length: int | N
                 labels[i] = ids[i]
         examples.append({"input_ids": ids[:max_length], "labels": labels[:max_length]})
     return examples
+
+
+def tokenize_pair(tokenizer, pair: dict) -> dict[str, list[int]]:
+    """A pair's {"prompt_ids", "chosen_ids", "rejected_ids"}, as TRL makes them of the pairs that it trains on.
+
+    Raises LeftOut where the end of the prompt and the start of an answer are one token, as before "\\nyes": TRL would
+    end the prompt before that token, where no generation begins. Raises BadRow where the template rewrites the prompt.
+    """
+    prompt = tokenizer.apply_chat_template(pair["prompt"], tokenize=False, add_generation_prompt=True)
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    example = {"prompt_ids": prompt_ids}
+    for answer in ("chosen", "rejected"):
+        text = tokenizer.apply_chat_template(pair["prompt"] + pair[answer], tokenize=False)
+        if not text.startswith(prompt):
+            raise BadRow("the chat template rewrites the prompt: answers cannot be told from prompts")
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if ids[: len(prompt_ids)] != prompt_ids:
+            raise LeftOut("a token across prompt and answer")
+        example[f"{answer}_ids"] = ids[len(prompt_ids) :]
+    return example
 
 
 class Collator:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 
 from dsa.counting import TokenCounter
-from dsa.data import IGNORE, BadRow, encode, messages_of, pair_of, render
+from dsa.data import IGNORE, BadRow, LeftOut, encode, messages_of, pair_of, render, tokenize_pair
 
 BATCH = 256  # rows, read by one process at a time
 ALONE = 4096  # rows that are read before other processes are worth their start
@@ -29,10 +29,6 @@ BIN = 256  # tokens, of the length histogram
 
 class TooManyBadRows(RuntimeError):
     """More rows than allowed could not be used; str() is the one line to show."""
-
-
-class LeftOut(ValueError):
-    """A sound row that is not wanted; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -234,14 +230,17 @@ class LongRows(Scan):
     def judge(self, row: dict, tokens: int) -> dict:
         if tokens <= self.min_tokens:
             raise LeftOut(f"not over {self.min_tokens} tokens")
-        if tokens > self.max_length and not self.has_answer(messages_of(row)):
+        messages = messages_of(row)
+        if self.frame(messages) is None:
+            render(self.tokenizer, messages)  # raises BadRow where training could not
+        if tokens > self.max_length and not self.has_answer(messages):
             raise LeftOut(f"no answer within {self.max_length} tokens")
         return row
 
     def frame(self, messages: list[dict]) -> list[str] | None:
         """What the chat template writes before, between and after the contents: it is slow, and this does not change.
 
-        None where it does not copy a content as it is but trims it, or drops what was thought.
+        None where it does not copy a content as it is but trims it, or drops what was thought. Raises BadRow.
         """
         if len(messages) not in self.frames:
             probes = [f" \n<think>\n{i}\n</think>\n " for i in range(len(messages))]
@@ -250,6 +249,8 @@ class LongRows(Scan):
             for probe in probes:
                 before, found, rest = rest.partition(probe)
                 frame = [*frame, before] if found and frame is not None else None
+            if frame is not None:
+                render(self.tokenizer, marked)
             self.frames[len(messages)] = frame and [*frame, rest]
         return self.frames[len(messages)]
 
@@ -297,4 +298,5 @@ class Pairs(Scan):
     def judge(self, row: dict, tokens: int) -> dict:
         if tokens > self.max_length:
             raise LeftOut(f"over {self.max_length} tokens")
+        tokenize_pair(self.tokenizer, row)
         return row

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from dsa import scan as scan_module
-from dsa.data import BadRow, encode, messages_of, pair_of, render
+from dsa.data import BadRow, encode, messages_of, pair_of, render, tokenize_pair
 from dsa.scan import LongRows, Pairs, TooManyBadRows, parse
 from tests.conftest import ROOT, SHARED
 
@@ -326,3 +326,49 @@ def test_real_pairs():
     assert tally.left_out == {"over 2048 tokens": 6} and len(english) == 197
     _, unpaired = scanned("kto_en_demo.jsonl")
     assert list(unpaired.bad) == ["unknown schema"] and unpaired.bad_rows == 202
+
+
+@pytest.mark.parametrize("name", ["data/base", pytest.param("../shared/data/qwen2.5-0.5b", marks=needs_shared)])
+@pytest.mark.parametrize("answer", ["chosen", "rejected"])
+def test_no_kept_pair_has_a_token_across_prompt_and_answer(name, answer):
+    """A held-out pair with one ended DPO after its training; TRL moved the border of the others (trl #5213)."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / name)
+    texts = ["\n\nyes", "\nyes", "\r\nyes", " \nyes", "yes", " yes", "  yes", "\tyes", "\u0301", "<|im_end|>"]
+    rows = [published() | {answer: {"from": "gpt", "value": text}} for text in texts]
+    scan = Pairs(tokenizer, 100, 0)
+    kept = list(scan(lines(rows)))
+    left = len(rows) - len(kept)
+    assert scan.tally.left_out == {"a token across prompt and answer": left} and left > 1 and len(kept) > 1
+    assert {"yes", " yes"} <= {pair.row[answer][0]["content"] for pair in kept}
+    for pair in kept:
+        prompt = tokenizer.apply_chat_template(pair.row["prompt"], add_generation_prompt=True, return_dict=False)
+        example = tokenize_pair(tokenizer, pair.row)
+        assert example["prompt_ids"] == prompt  # what a generation begins with
+        whole = tokenizer.apply_chat_template(pair.row["prompt"] + pair.row[answer], return_dict=False)
+        assert prompt + example[f"{answer}_ids"] == whole
+
+
+REWRITES = {
+    "the last answer": "{% if loop.last and m['role'] == 'assistant' %}<think></think>{% endif %}",  # as Qwen3's
+    "the first question": "{% if loop.first and messages | length > 2 %}!{% endif %}",
+    "what is trimmed": "{% if loop.last %}!{% endif %}",
+}
+
+
+@pytest.mark.parametrize("mark", REWRITES.values(), ids=REWRITES)
+def test_a_template_that_rewrites_earlier_turns_is_found_before_training(tokenizer, mark):
+    """It ended `dense` in a traceback, and `dpo` after its training."""
+    other = AutoTokenizer.from_pretrained(ROOT / "data/base")
+    content = "{{ m['content'] }}"
+    copied = "{{ m['content'] | trim }}" if mark is REWRITES["what is trimmed"] else content
+    other.chat_template = tokenizer.chat_template.replace(content, mark + copied)
+    scan = LongRows(other, 10_000, 9, 100)
+    single = [1] if "assistant" in mark or "first" in mark else []
+    assert [kept.number for kept in scan(lines([row(200, history=[["a", "b"]]), row(200)]))] == single
+    assert list(scan.tally.bad) == ["the chat template rewrites earlier turns: answers cannot be told from prompts"]
+    other.chat_template = tokenizer.chat_template.replace(
+        content, "{% if messages | length > 1 %}!{% endif %}" + copied
+    )
+    pairs = Pairs(other, 100, 9)
+    assert not list(pairs(lines([published()])))
+    assert list(pairs.tally.bad) == ["the chat template rewrites the prompt: answers cannot be told from prompts"]
