@@ -1,7 +1,7 @@
 """From rows to token ids: chat format, answer masks, splits, batches.
 
 A row has deepctrl-sft-data's fields: `instruction` and `input` are the last user turn, `output` its answer, `history`
-the earlier [user, assistant] pairs, oldest first. A preference row has COIG-P's.
+the earlier [user, assistant] pairs, oldest first. A preference row has COIG-P's. Either may have a `system` turn.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import torch
 
 IGNORE = -100  # label of a token that is no target
 END_OF_TURN = "<|im_end|>"  # of ChatML
+NOT_RENDERED = ("tools", "tool_calls", "images", "videos", "audios")  # fields of known schemas, of rows or messages
 
 
 def end_ids(tokenizer) -> list[int]:
@@ -38,15 +39,36 @@ def prompt_of(row: dict) -> str:
     return "\n".join(part for part in (row.get("instruction") or "", row.get("input") or "") if part.strip())
 
 
+def first_of(fields: dict, *names: str) -> object:
+    """The first of these fields that has a value: a table has the fields of all of its rows in every row, as null."""
+    return next((fields[name] for name in names if fields.get(name) is not None), None)
+
+
+def refuse_not_rendered(part: dict) -> None:
+    """Raises BadRow for a field that changes what a row or message means and that nothing here can render."""
+    for field in NOT_RENDERED:
+        if part.get(field):
+            raise BadRow(f"{field} cannot be rendered")
+
+
+def system_of(row: dict) -> list[dict]:
+    """The row's own system turn, a list of one message; an empty list where the chat template's default is meant."""
+    system = row.get("system") or ""
+    if not isinstance(system, str):
+        raise BadRow("system is not a string")
+    return [{"role": "system", "content": system}] if system.strip() else []
+
+
 def messages_of(row: dict) -> list[dict]:
     """The conversation of a row as chat messages. Raises BadRow for a row of another shape or without an answer."""
     if not isinstance(row, dict):
         raise BadRow("not an object")
     for field in ("instruction", "input", "output"):
-        if not isinstance(row.get(field) or "", str):
+        if not isinstance(row.get(field), str | None):
             raise BadRow(f"{field} is not a string")
-    if "output" not in row or not ({"instruction", "input"} & row.keys()):
+    if row.get("output") is None or first_of(row, "instruction", "input") is None:
         raise BadRow("unknown schema")
+    refuse_not_rendered(row)
     history = row.get("history") or []
     pair = "history is not a list of [user, assistant] pairs"
     if not isinstance(history, list):
@@ -56,12 +78,12 @@ def messages_of(row: dict) -> list[dict]:
         if not (isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(t, str) for t in turn)):
             raise BadRow(pair)
         turns.append(tuple(turn))
-    turns.append((prompt_of(row), row["output"] or ""))
+    turns.append((prompt_of(row), row["output"]))
     if not turns[-1][0]:
         raise BadRow("no prompt")
     if not turns[-1][1].strip():
         raise BadRow("no answer")
-    return [
+    return system_of(row) + [
         m
         for user, answer in turns
         for m in ({"role": "user", "content": user}, {"role": "assistant", "content": answer})
@@ -77,7 +99,8 @@ def turns_of(value: object, field: str) -> list[dict]:
     for turn in value if isinstance(value, list) else [value]:
         if not isinstance(turn, dict):
             raise BadRow(f"{field} is not a list of messages")
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        refuse_not_rendered(turn)
+        role, content = first_of(turn, "role", "from"), first_of(turn, "content", "value")
         if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
             raise BadRow(f"{field} has a message of unknown schema")
         turns.append({"role": ROLES[role], "content": content})
@@ -94,10 +117,10 @@ def pair_of(row: dict) -> dict:
     """
     if not isinstance(row, dict):
         raise BadRow("not an object")
-    if not {"chosen", "rejected"} <= row.keys():
+    if row.get("chosen") is None or row.get("rejected") is None:
         raise BadRow("unknown schema")
     chosen, rejected = (turns_of(row[answer], answer) for answer in ("chosen", "rejected"))
-    if "conversations" in row:
+    if row.get("conversations") is not None:
         prompt = turns_of(row["conversations"], "conversations")
         if len(chosen) != 1 or len(rejected) != 1:
             raise BadRow("an answer is not one message")
@@ -105,6 +128,11 @@ def pair_of(row: dict) -> dict:
         prompt = chosen[:-1]
         if rejected[:-1] != prompt:
             raise BadRow("the two prompts differ")
+    refuse_not_rendered(row)
+    system = system_of(row)
+    if system and prompt and prompt[0]["role"] == "system":
+        raise BadRow("two system turns")
+    prompt = system + prompt
     if not prompt or prompt[-1]["role"] != "user" or not prompt[-1]["content"].strip():
         raise BadRow("no prompt")
     if {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:

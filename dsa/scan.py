@@ -67,9 +67,9 @@ class Tally:
 
 
 def parse(line: bytes) -> dict:
-    """A line's row. Raises BadRow with the reason."""
+    """A line's row; before the first of a file there may be a byte order mark. Raises BadRow with the reason."""
     try:
-        row = json.loads(line.decode())
+        row = json.loads(line.decode("utf-8-sig"))
         if b"\\u" in line:  # an escape may be half a character, which no tokenizer takes
             json.dumps(row, ensure_ascii=False).encode()
     except UnicodeError:
@@ -265,8 +265,9 @@ class LongRows(Scan):
 
     def has_answer(self, messages: list[dict]) -> bool:
         """Whether training, which cuts on the right, is left with a token of an answer."""
-        if self.count.fast and messages[1]["content"][:1].strip():
-            head = self.tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+        first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        if self.count.fast and messages[first]["content"][:1].strip():
+            head = self.tokenizer.apply_chat_template(messages[:first], tokenize=False, add_generation_prompt=True)
             if head.endswith("\n"):  # no token has the end of this line and the answer's first character
                 return self.count(head) < self.max_length
         (example,) = encode(self.tokenizer, [render(self.tokenizer, messages)], self.max_length)
