@@ -5,6 +5,7 @@ the earlier [user, assistant] pairs, oldest first. A preference row has COIG-P's
 """
 
 import hashlib
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -32,6 +33,15 @@ def split_of(key: str, test_fraction: float) -> str:
     """ "train" or "test", by a hash of `key`, so that everything with one key is on one side, whatever the seed."""
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return "test" if int.from_bytes(digest, "big") / 2**64 < test_fraction else "train"
+
+
+def prompt_key(messages: list[dict]) -> str:
+    """The same for prompts that differ in white space or Unicode form only: the text of all user turns.
+
+    No system turn is in it, which many rows share, nor an answer.
+    """
+    text = "\n".join(message["content"] for message in messages if message["role"] == "user")
+    return " ".join(unicodedata.normalize("NFKC", text).split())
 
 
 def prompt_of(row: dict) -> str:

@@ -55,6 +55,12 @@ class Tally:
     def bad_rows(self) -> int:
         return sum(map(len, self.bad.values()))
 
+    def why_none(self) -> str:
+        """Of a scan that has kept nothing, in one line."""
+        reasons = self.left_out + Counter({reason: len(numbers) for reason, numbers in self.bad.items()})
+        of_each = "; ".join(f"{rows} {reason}" for reason, rows in reasons.most_common())
+        return f"none of the {self.scanned} rows can be used: {of_each or 'the source is empty'}"
+
     def summary(self) -> dict:
         return {
             "scanned": self.scanned,

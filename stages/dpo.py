@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from trl import DPOConfig
 
 from dsa import Qwen2DSAForCausalLM
-from dsa.data import tokenize_pair
+from dsa.data import prompt_key, tokenize_pair
 from dsa.evaluation import greedy
 from dsa.preference import DSADPOTrainer, as_dataset, score_pair
 from dsa.training import freeze
@@ -96,7 +96,7 @@ def main(arm: str) -> None:
     margins = np.array([s.margin for s in scores])
     # What is independent of what: prompts, or where windows of the same files are drawn, the files' families.
     families = p.preference.split_by == "data_source"
-    units = [pair["data_source"] if families else str(pair["prompt"]) for pair in held_out]
+    units = [pair["data_source"] if families else prompt_key(pair["prompt"]) for pair in held_out]
     out = Path(f"data/dpo/{arm}.npz")
     out.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(
