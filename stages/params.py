@@ -4,13 +4,23 @@
 An unknown key, a wrong type or a value out of range ends a stage with one line that names the key.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
@@ -155,6 +165,13 @@ class Harness(Section):
     fewshot: Natural | None
     max_length: Positive
     ruler_lengths: list[Positive]
+
+    @field_validator("ruler_lengths")
+    @classmethod
+    def fit(cls, lengths: list[int], info: ValidationInfo) -> list[int]:
+        if max(lengths, default=0) > info.data.get("max_length", math.inf):
+            raise ValueError(f"prompts would be cut to harness.max_length = {info.data['max_length']}")
+        return lengths
 
 
 class Params(Section):
