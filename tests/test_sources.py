@@ -417,6 +417,23 @@ def test_no_permission(form, status, what, hub, read):
 
 
 @FORMS
+@pytest.mark.parametrize("storage", ["localhost", "127.0.0.1"])
+def test_the_token_is_shown_although_netrc_has_another(form, storage, hub, read, monkeypatch, tmp_path):
+    """What ~/.netrc has for the hub was shown instead: 401, and the advice to set what was set (huggingface_hub #2765).
+
+    Storage of the hub's own host is asked with the token too, storage elsewhere without.
+    """
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login someone password else", encoding="utf-8")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    hub.add("dataset", ID, {"a.jsonl": JSONL})
+    hub.token, hub.storage = "secret", storage
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("MODELSCOPE_API_TOKEN", "secret")
+    assert len(read(uri(form))[0]) == len(ROWS)
+    assert hub.requests[-1].token is (storage == "127.0.0.1")
+
+
+@FORMS
 def test_the_token_is_shown_to_the_hub(form, hub, read, monkeypatch):
     hub.add("dataset", ID, {"a.jsonl": JSONL})
     hub.token = "secret"
