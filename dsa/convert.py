@@ -4,10 +4,20 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from dsa.config import Qwen2DSAConfig
 from dsa.modeling import Qwen2DSAForCausalLM
+
+
+def config_of(dense: PreTrainedConfig, **fields) -> Qwen2DSAConfig:
+    """A dense Qwen2 model's config with further fields. Raises ValueError for another model and what cannot work."""
+    if dense.model_type != "qwen2":
+        raise ValueError(f"expected a qwen2 model, got {dense.model_type!r}")
+    kept = dense.to_dict()
+    for name in ("model_type", "architectures", "layer_types", "transformers_version"):
+        kept.pop(name, None)
+    return Qwen2DSAConfig(**kept | fields)
 
 
 def from_dense(
@@ -38,13 +48,7 @@ def from_dense(
     dense = model_or_path
     if not isinstance(dense, PreTrainedModel):
         dense = AutoModelForCausalLM.from_pretrained(dense, dtype=dtype)
-    if dense.config.model_type != "qwen2":
-        raise ValueError(f"from_dense: expected a qwen2 model, got {dense.config.model_type!r}")
-    fields = dense.config.to_dict()
-    for name in ("model_type", "architectures", "layer_types", "transformers_version"):
-        fields.pop(name, None)
-    fields |= {"index_topk": topk, "index_n_heads": n_heads, "index_head_dim": head_dim} | config
-    new_config = Qwen2DSAConfig(**fields)
+    new_config = config_of(dense.config, index_topk=topk, index_n_heads=n_heads, index_head_dim=head_dim, **config)
     new_config._attn_implementation = dense.config._attn_implementation
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

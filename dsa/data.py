@@ -1,10 +1,11 @@
 """From rows to token ids: chat format, answer masks, splits, batches.
 
 A row has deepctrl-sft-data's fields: `instruction` and `input` are the last user turn, `output` its answer, `history`
-the earlier [user, assistant] pairs, oldest first. A preference row has COIG-P's.
+the earlier [user, assistant] pairs, oldest first. A preference row has COIG-P's. Either may have a `system` turn.
 """
 
 import hashlib
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import torch
 
 IGNORE = -100  # label of a token that is no target
 END_OF_TURN = "<|im_end|>"  # of ChatML
+NOT_RENDERED = ("tools", "tool_calls", "images", "videos", "audios")  # fields of known schemas, of rows or messages
 
 
 def end_ids(tokenizer) -> list[int]:
@@ -23,10 +25,23 @@ class BadRow(ValueError):
     """A row that cannot be used; the message is the reason, short enough to be counted by."""
 
 
+class LeftOut(ValueError):
+    """A sound row that is not wanted; the message is the reason."""
+
+
 def split_of(key: str, test_fraction: float) -> str:
     """ "train" or "test", by a hash of `key`, so that everything with one key is on one side, whatever the seed."""
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return "test" if int.from_bytes(digest, "big") / 2**64 < test_fraction else "train"
+
+
+def prompt_key(messages: list[dict]) -> str:
+    """The same for prompts that differ in white space or Unicode form only: the text of all user turns.
+
+    No system turn is in it, which many rows share, nor an answer.
+    """
+    text = "\n".join(message["content"] for message in messages if message["role"] == "user")
+    return " ".join(unicodedata.normalize("NFKC", text).split())
 
 
 def prompt_of(row: dict) -> str:
@@ -34,15 +49,36 @@ def prompt_of(row: dict) -> str:
     return "\n".join(part for part in (row.get("instruction") or "", row.get("input") or "") if part.strip())
 
 
+def first_of(fields: dict, *names: str) -> object:
+    """The first of these fields that has a value: a table has the fields of all of its rows in every row, as null."""
+    return next((fields[name] for name in names if fields.get(name) is not None), None)
+
+
+def refuse_not_rendered(part: dict) -> None:
+    """Raises BadRow for a field that changes what a row or message means and that nothing here can render."""
+    for field in NOT_RENDERED:
+        if part.get(field):
+            raise BadRow(f"{field} cannot be rendered")
+
+
+def system_of(row: dict) -> list[dict]:
+    """The row's own system turn, a list of one message; an empty list where the chat template's default is meant."""
+    system = row.get("system") or ""
+    if not isinstance(system, str):
+        raise BadRow("system is not a string")
+    return [{"role": "system", "content": system}] if system.strip() else []
+
+
 def messages_of(row: dict) -> list[dict]:
     """The conversation of a row as chat messages. Raises BadRow for a row of another shape or without an answer."""
     if not isinstance(row, dict):
         raise BadRow("not an object")
     for field in ("instruction", "input", "output"):
-        if not isinstance(row.get(field) or "", str):
+        if not isinstance(row.get(field), str | None):
             raise BadRow(f"{field} is not a string")
-    if "output" not in row or not ({"instruction", "input"} & row.keys()):
+    if row.get("output") is None or first_of(row, "instruction", "input") is None:
         raise BadRow("unknown schema")
+    refuse_not_rendered(row)
     history = row.get("history") or []
     pair = "history is not a list of [user, assistant] pairs"
     if not isinstance(history, list):
@@ -52,12 +88,12 @@ def messages_of(row: dict) -> list[dict]:
         if not (isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(t, str) for t in turn)):
             raise BadRow(pair)
         turns.append(tuple(turn))
-    turns.append((prompt_of(row), row["output"] or ""))
+    turns.append((prompt_of(row), row["output"]))
     if not turns[-1][0]:
         raise BadRow("no prompt")
     if not turns[-1][1].strip():
         raise BadRow("no answer")
-    return [
+    return system_of(row) + [
         m
         for user, answer in turns
         for m in ({"role": "user", "content": user}, {"role": "assistant", "content": answer})
@@ -73,7 +109,8 @@ def turns_of(value: object, field: str) -> list[dict]:
     for turn in value if isinstance(value, list) else [value]:
         if not isinstance(turn, dict):
             raise BadRow(f"{field} is not a list of messages")
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        refuse_not_rendered(turn)
+        role, content = first_of(turn, "role", "from"), first_of(turn, "content", "value")
         if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
             raise BadRow(f"{field} has a message of unknown schema")
         turns.append({"role": ROLES[role], "content": content})
@@ -90,10 +127,10 @@ def pair_of(row: dict) -> dict:
     """
     if not isinstance(row, dict):
         raise BadRow("not an object")
-    if not {"chosen", "rejected"} <= row.keys():
+    if row.get("chosen") is None or row.get("rejected") is None:
         raise BadRow("unknown schema")
     chosen, rejected = (turns_of(row[answer], answer) for answer in ("chosen", "rejected"))
-    if "conversations" in row:
+    if row.get("conversations") is not None:
         prompt = turns_of(row["conversations"], "conversations")
         if len(chosen) != 1 or len(rejected) != 1:
             raise BadRow("an answer is not one message")
@@ -101,6 +138,11 @@ def pair_of(row: dict) -> dict:
         prompt = chosen[:-1]
         if rejected[:-1] != prompt:
             raise BadRow("the two prompts differ")
+    refuse_not_rendered(row)
+    system = system_of(row)
+    if system and prompt and prompt[0]["role"] == "system":
+        raise BadRow("two system turns")
+    prompt = system + prompt
     if not prompt or prompt[-1]["role"] != "user" or not prompt[-1]["content"].strip():
         raise BadRow("no prompt")
     if {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
@@ -118,7 +160,7 @@ class Conversation:
 
 
 def render(tokenizer, messages: list[dict]) -> Conversation:
-    """Apply the tokenizer's own chat template and find the answers in the result."""
+    """Apply the tokenizer's own chat template and find the answers in the result. Raises BadRow."""
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     answers = []
     for i, message in enumerate(messages):
@@ -127,7 +169,7 @@ def render(tokenizer, messages: list[dict]) -> Conversation:
         head = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
         upto = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False).rstrip("\n")
         if not (text.startswith(head) and text.startswith(upto)):
-            raise ValueError("the chat template rewrites earlier turns: answers cannot be told from prompts")
+            raise BadRow("the chat template rewrites earlier turns: answers cannot be told from prompts")
         answers.append((len(head), len(upto)))
     return Conversation(text, answers)
 
@@ -158,6 +200,26 @@ def encode(tokenizer, conversations: Iterable[Conversation], max_length: int | N
                 labels[i] = ids[i]
         examples.append({"input_ids": ids[:max_length], "labels": labels[:max_length]})
     return examples
+
+
+def tokenize_pair(tokenizer, pair: dict) -> dict[str, list[int]]:
+    """A pair's {"prompt_ids", "chosen_ids", "rejected_ids"}, as TRL makes them of the pairs that it trains on.
+
+    Raises LeftOut where the end of the prompt and the start of an answer are one token, as before "\\nyes": TRL would
+    end the prompt before that token, where no generation begins. Raises BadRow where the template rewrites the prompt.
+    """
+    prompt = tokenizer.apply_chat_template(pair["prompt"], tokenize=False, add_generation_prompt=True)
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    example = {"prompt_ids": prompt_ids}
+    for answer in ("chosen", "rejected"):
+        text = tokenizer.apply_chat_template(pair["prompt"] + pair[answer], tokenize=False)
+        if not text.startswith(prompt):
+            raise BadRow("the chat template rewrites the prompt: answers cannot be told from prompts")
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if ids[: len(prompt_ids)] != prompt_ids:
+            raise LeftOut("a token across prompt and answer")
+        example[f"{answer}_ids"] = ids[len(prompt_ids) :]
+    return example
 
 
 class Collator:

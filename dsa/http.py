@@ -72,6 +72,23 @@ class File:
     sha256: str | None = None
 
 
+class Session(requests.Session):
+    """One that shows its own token. requests would show what ~/.netrc has for the host, after a redirect too."""
+
+    def prepare_request(self, request: requests.Request) -> requests.PreparedRequest:
+        prepared = super().prepare_request(request)
+        if "Authorization" in self.headers:
+            prepared.headers["Authorization"] = self.headers["Authorization"]
+        return prepared
+
+    def rebuild_auth(self, prepared_request: requests.PreparedRequest, response: requests.Response) -> None:
+        shown = prepared_request.headers.get("Authorization")
+        stays = shown is not None and not self.should_strip_auth(response.request.url, prepared_request.url)
+        super().rebuild_auth(prepared_request, response)
+        if stays:
+            prepared_request.headers["Authorization"] = shown
+
+
 class Web:
     """The HTTP side of a hub. mirror, token: what to set when it is unreachable or refuses, for the messages.
 
@@ -79,7 +96,7 @@ class Web:
     """
 
     def __init__(self, mirror: str, token: str, delay: float):
-        self.session = requests.Session()
+        self.session = Session()
         # Ranges, sizes and checksums are of the published bytes
         self.session.headers["Accept-Encoding"] = "identity"
         self.mirror, self.token, self.delay = mirror, token, delay

@@ -40,18 +40,6 @@ def as_dataset(pairs: list[dict]) -> Dataset:
     return Dataset.from_list([{name: pair[name] for name in ("prompt", "chosen", "rejected")} for pair in pairs])
 
 
-def tokenize_pair(tokenizer, pair: dict) -> dict[str, list[int]]:
-    """A pair's "prompt_ids", "chosen_ids" and "rejected_ids", as TRL makes them."""
-    prompt = tokenizer.apply_chat_template(pair["prompt"], add_generation_prompt=True, return_dict=False)
-    ids = {"prompt_ids": prompt}
-    for answer in ("chosen", "rejected"):
-        whole = tokenizer.apply_chat_template(pair["prompt"] + pair[answer], return_dict=False)
-        if whole[: len(prompt)] != prompt:
-            raise ValueError("the chat template rewrites the prompt: answers cannot be told from prompts")
-        ids[f"{answer}_ids"] = whole[len(prompt) :]
-    return ids
-
-
 @dataclass
 class PairScores:
     """Of one pair, in nats: log-likelihoods of its answers, and the policy's drift from the reference on them.
@@ -94,7 +82,7 @@ def answer_log_probs(
 
 
 def score_pair(policy: Qwen2DSAForCausalLM, reference: Qwen2DSAForCausalLM, example: dict) -> PairScores:
-    """Score a pair of `tokenize_pair`."""
+    """Score a pair of `dsa.data.tokenize_pair`."""
     answers = [example["chosen_ids"], example["rejected_ids"]]
     ours = answer_log_probs(policy, example["prompt_ids"], answers)
     theirs = answer_log_probs(reference, example["prompt_ids"], answers)

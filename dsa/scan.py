@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 
 from dsa.counting import TokenCounter
-from dsa.data import IGNORE, BadRow, encode, messages_of, pair_of, render
+from dsa.data import IGNORE, BadRow, LeftOut, encode, messages_of, pair_of, render, tokenize_pair
 
 BATCH = 256  # rows, read by one process at a time
 ALONE = 4096  # rows that are read before other processes are worth their start
@@ -29,10 +29,6 @@ BIN = 256  # tokens, of the length histogram
 
 class TooManyBadRows(RuntimeError):
     """More rows than allowed could not be used; str() is the one line to show."""
-
-
-class LeftOut(ValueError):
-    """A sound row that is not wanted; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +55,12 @@ class Tally:
     def bad_rows(self) -> int:
         return sum(map(len, self.bad.values()))
 
+    def why_none(self) -> str:
+        """Of a scan that has kept nothing, in one line."""
+        reasons = self.left_out + Counter({reason: len(numbers) for reason, numbers in self.bad.items()})
+        of_each = "; ".join(f"{rows} {reason}" for reason, rows in reasons.most_common())
+        return f"none of the {self.scanned} rows can be used: {of_each or 'the source is empty'}"
+
     def summary(self) -> dict:
         return {
             "scanned": self.scanned,
@@ -71,9 +73,9 @@ class Tally:
 
 
 def parse(line: bytes) -> dict:
-    """A line's row. Raises BadRow with the reason."""
+    """A line's row; before the first of a file there may be a byte order mark. Raises BadRow with the reason."""
     try:
-        row = json.loads(line.decode())
+        row = json.loads(line.decode("utf-8-sig"))
         if b"\\u" in line:  # an escape may be half a character, which no tokenizer takes
             json.dumps(row, ensure_ascii=False).encode()
     except UnicodeError:
@@ -234,14 +236,17 @@ class LongRows(Scan):
     def judge(self, row: dict, tokens: int) -> dict:
         if tokens <= self.min_tokens:
             raise LeftOut(f"not over {self.min_tokens} tokens")
-        if tokens > self.max_length and not self.has_answer(messages_of(row)):
+        messages = messages_of(row)
+        if self.frame(messages) is None:
+            render(self.tokenizer, messages)  # raises BadRow where training could not
+        if tokens > self.max_length and not self.has_answer(messages):
             raise LeftOut(f"no answer within {self.max_length} tokens")
         return row
 
     def frame(self, messages: list[dict]) -> list[str] | None:
         """What the chat template writes before, between and after the contents: it is slow, and this does not change.
 
-        None where it does not copy a content as it is but trims it, or drops what was thought.
+        None where it does not copy a content as it is but trims it, or drops what was thought. Raises BadRow.
         """
         if len(messages) not in self.frames:
             probes = [f" \n<think>\n{i}\n</think>\n " for i in range(len(messages))]
@@ -250,6 +255,8 @@ class LongRows(Scan):
             for probe in probes:
                 before, found, rest = rest.partition(probe)
                 frame = [*frame, before] if found and frame is not None else None
+            if frame is not None:
+                render(self.tokenizer, marked)
             self.frames[len(messages)] = frame and [*frame, rest]
         return self.frames[len(messages)]
 
@@ -264,8 +271,9 @@ class LongRows(Scan):
 
     def has_answer(self, messages: list[dict]) -> bool:
         """Whether training, which cuts on the right, is left with a token of an answer."""
-        if self.count.fast and messages[1]["content"][:1].strip():
-            head = self.tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+        first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        if self.count.fast and messages[first]["content"][:1].strip():
+            head = self.tokenizer.apply_chat_template(messages[:first], tokenize=False, add_generation_prompt=True)
             if head.endswith("\n"):  # no token has the end of this line and the answer's first character
                 return self.count(head) < self.max_length
         (example,) = encode(self.tokenizer, [render(self.tokenizer, messages)], self.max_length)
@@ -297,4 +305,5 @@ class Pairs(Scan):
     def judge(self, row: dict, tokens: int) -> dict:
         if tokens > self.max_length:
             raise LeftOut(f"over {self.max_length} tokens")
+        tokenize_pair(self.tokenizer, row)
         return row

@@ -109,6 +109,7 @@ class Dataset:
     def lines(self) -> Iterator[bytes]:
         """The rows from the first on: JSON lines as published, without the line end, empty ones too; parquet as JSON.
 
+        Text that is not UTF-8 stays so, for the reader of the line to find.
         Raises SourceError; WrongChecksum only after the last row of a file.
         """
         self._before = 0
@@ -130,10 +131,38 @@ class Dataset:
         with parquet.ParquetFile(path) as table:
             done = 0
             for batch in table.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    yield json.dumps(row, ensure_ascii=False, default=str).encode()
+                yield from _as_json(batch, f"{self.uri}: {file.name}")
                 done += batch.num_rows
                 self._share = path.stat().st_size * done // table.metadata.num_rows
+
+
+def _as_json(batch: pa.RecordBatch, where: str) -> Iterator[bytes]:
+    """A table's rows, text that is stored as bytes as text. Raises SourceError for types that JSON lacks."""
+
+    def text(value: object) -> str:
+        if isinstance(value, bytes):
+            return value.decode(errors="surrogateescape")
+        raise TypeError(type(value).__name__)
+
+    to_json = json.JSONEncoder(ensure_ascii=False, default=text).encode
+
+    try:
+        rows = batch.to_pylist()
+    except UnicodeDecodeError:  # in a column of strings: of one row, the others are sound
+        if batch.num_rows == 1:
+            yield b"\xff"
+        else:
+            for number in range(batch.num_rows):
+                yield from _as_json(batch.slice(number, 1), where)
+        return
+    for row in rows:
+        cells = []
+        for column, value in row.items():
+            try:
+                cells.append(f"{to_json(column)}: {to_json(value)}")
+            except TypeError as error:
+                raise SourceError(f"{where}: column {column}: JSON has no {error}: publish it as text") from None
+        yield f"{{{', '.join(cells)}}}".encode(errors="surrogateescape")
 
 
 def _split(raw: io.RawIOBase, name: str) -> Iterator[bytes]:

@@ -17,8 +17,9 @@ from transformers import AutoTokenizer
 from trl import DPOConfig
 
 from dsa import Qwen2DSAForCausalLM
+from dsa.data import prompt_key, tokenize_pair
 from dsa.evaluation import greedy
-from dsa.preference import DSADPOTrainer, as_dataset, score_pair, tokenize_pair
+from dsa.preference import DSADPOTrainer, as_dataset, score_pair
 from dsa.training import freeze
 from stages import params
 from stages.common import measured, read_rows, scratch, write_json
@@ -56,6 +57,7 @@ def main(arm: str) -> None:
         freeze(model, backbone=False, indexer=not trains_indexer)
         pairs = list(islice(read_rows(PAIRS / "train.jsonl.gz"), dpo.steps * dpo.batch_size))
         held_out = list(islice(read_rows(PAIRS / "test.jsonl.gz"), dpo.held_out))
+        test = [tokenize_pair(tokenizer, pair) for pair in held_out]
         options = DPOConfig(
             **trainer_options(dpo, folder, p.seed),
             beta=dpo.beta,
@@ -75,7 +77,6 @@ def main(arm: str) -> None:
         result = run(trainer, folder, dpo.batch_size * sum(lengths) / len(lengths))
         if not trainer.is_world_process_zero():
             return
-        test = [tokenize_pair(tokenizer, pair) for pair in held_out]
         reference = Qwen2DSAForCausalLM.from_pretrained(source, dtype="float32").eval().to(model.device)
         model.eval()
         # In float32: bfloat16 would round the logits by as much as the policy moves.
@@ -95,7 +96,7 @@ def main(arm: str) -> None:
     margins = np.array([s.margin for s in scores])
     # What is independent of what: prompts, or where windows of the same files are drawn, the files' families.
     families = p.preference.split_by == "data_source"
-    units = [pair["data_source"] if families else str(pair["prompt"]) for pair in held_out]
+    units = [pair["data_source"] if families else prompt_key(pair["prompt"]) for pair in held_out]
     out = Path(f"data/dpo/{arm}.npz")
     out.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(

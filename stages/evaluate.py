@@ -56,7 +56,8 @@ RETRIEVAL_SEED = 0  # every arm and every seed of the experiment has the same qu
 
 def is_lookup(row: dict) -> bool:
     """Whether a row asks for definitions in the text above: only the corpus of the cpu profile has such rows."""
-    return (row.get("type_keyword") or [None])[0] == "lookup"
+    kinds = row.get("type_keyword")
+    return isinstance(kinds, list) and kinds[:1] == ["lookup"]
 
 
 def summarize(tokenizer, rows: list[dict], texts: list[dict], predictions: list[Predictions]) -> tuple[dict, list]:

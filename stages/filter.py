@@ -11,30 +11,30 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from dsa.data import prompt_of, split_of
+from dsa.data import messages_of, prompt_key, split_of
 from dsa.scan import Kept, LongRows, Scan, TooManyBadRows
 from stages import params
 from stages.common import measured, read_lines, write_json, write_rows
 
 
-def first_user_turn(row: dict) -> str:
-    return row["history"][0][0] if row.get("history") else prompt_of(row)
-
-
 def select(
-    raw: Path, scan: Scan, wanted: int, out: Path, key: Callable[[dict], str], test_fraction: float, section: str
+    raw: Path, scan: Scan, wanted: int, out: Path, split_by: str, prompt: Callable, test_fraction: float
 ) -> tuple[list[Kept], dict]:
     """Write the first `wanted` rows that the scan keeps to `out`/{train,test}.jsonl.gz, what shares a key on one side.
 
-    Returns them all, and the stage's metrics about them.
+    The key is the row's field `split_by`, or where that is "prompt" the text of the messages that `prompt` gives.
+    Returns them all, and the stage's metrics about them. Raises ParamsError where a side has no row.
     """
     kept = list(tqdm(islice(scan(read_lines(raw)), wanted), total=wanted, desc=str(out)))
+    keys = [prompt_key(prompt(k.row)) if split_by == "prompt" else str(k.row.get(split_by)) for k in kept]
     splits = {"train": [], "test": []}
-    for item in kept:
-        splits[split_of(key(item.row), test_fraction)].append(item.row)
+    for item, key in zip(kept, keys, strict=True):
+        splits[split_of(key, test_fraction)].append(item.row)
     for split, rows in splits.items():
         if not rows:
-            raise params.ParamsError(f"{section}: no row is left for the {split} split: more rows are needed")
+            few = f"{len(kept)} rows are kept, with {len(set(keys))} different values of {split_by}"
+            why = f"{few}, which are too few for test_fraction = {test_fraction}" if kept else scan.tally.why_none()
+            raise params.ParamsError(f"{out}: no row is left for the {split} split: {why}")
         write_rows(out / f"{split}.jsonl.gz", rows)
     sizes = {split: len(rows) for split, rows in splits.items()}
     return kept, sizes | {"complete": len(kept) == wanted} | scan.tally.summary()
@@ -50,9 +50,9 @@ def main() -> None:
             scan,
             data.samples,
             Path("data/long"),
-            (lambda row: str(row.get("data_source"))) if data.split_by == "data_source" else first_user_turn,
+            data.split_by,
+            messages_of,
             data.test_fraction,
-            "data",
         )
     metrics |= summary | {
         "tokens": sum(min(item.tokens, data.max_length) for item in kept),

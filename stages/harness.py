@@ -10,14 +10,19 @@ from pathlib import Path
 from stages import params
 from stages.common import measured, write_json
 
+TASKS = "data/local/tasks"  # where YAMLs that define a task have to be, and the files that they name
 RULER = ("ruler", "niah_")  # how the names of RULER's tasks begin
 
 
 def check(tasks: list[str]) -> None:
-    """Raises ParamsError where a task could not be run: lm-evaluation-harness is missing or does not know it."""
+    """Raises ParamsError where a task could not be run: lm-evaluation-harness is missing or does not know it, or it is
+    defined where DVC would not see a change."""
+    names = [task for task in tasks if not Path(task).is_file()]
+    if untracked := [task for task in tasks if task not in names and not params.tracked(task, TASKS)]:
+        raise params.ParamsError(f"harness.tasks: not in {TASKS}, where DVC sees them change: {untracked}")
     if tasks and importlib.util.find_spec("lm_eval") is None:
         raise params.ParamsError("harness.tasks: needs lm-evaluation-harness (uv run --extra harness ...); [] for none")
-    if names := [task for task in tasks if not Path(task).is_file()]:
+    if names:
         from lm_eval.tasks import TaskManager
 
         if unknown := sorted(set(names) - set(TaskManager().all_tasks)):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dsa import sources
-from stages import params
+from stages import check, params
 from stages.common import measured, scratch, write_json
 
 OUT = Path("models/base")
@@ -18,6 +18,7 @@ def main() -> None:
     for name, wanted in p.sha256.items():
         if (found := metrics["files"].get(name, {}).get("sha256")) != wanted:
             raise SystemExit(f"model.sha256: {name} from {metrics['source']} has {found}, expected {wanted}")
+    check.base_model()
     write_json(Path("reports/data/model.json"), metrics)
 
 

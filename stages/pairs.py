@@ -1,10 +1,12 @@
 """Stage `pairs`: the first N usable preference pairs as TRL reads them, those of a prompt on one side of the split."""
 
 from collections import Counter
+from operator import itemgetter
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from dsa.data import prompt_key
 from dsa.scan import Pairs, TooManyBadRows
 from stages import params
 from stages.common import measured, write_json
@@ -28,12 +30,12 @@ def main() -> None:
             scan,
             preference.pairs,
             Path("data/pairs"),
-            lambda pair: pair["data_source"] if by_source else pair["prompt"][0]["content"],
+            preference.split_by,
+            itemgetter("prompt"),
             p.data.test_fraction if by_source else preference.test_fraction,
-            "preference",
         )
     metrics |= summary | {
-        "prompts": len({str(item.row["prompt"]) for item in kept}),
+        "prompts": len({prompt_key(item.row["prompt"]) for item in kept}),
         "domain": dict(Counter(item.row["domain"] for item in kept).most_common()),
     }
     write_json(Path("reports/data/pairs.json"), metrics)

@@ -4,21 +4,52 @@
 An unknown key, a wrong type or a value out of range ends a stage with one line that names the key.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
+
+
+def tracked(source: str, *places: str) -> bool:
+    """Whether a path is in one of these folders, on which a stage depends in dvc.yaml: DVC would not see it change
+    elsewhere, and would go on with what was made of the old content. Nor does DVC look into a link to a folder."""
+    path = Path(source).expanduser()
+    folder = (path if path.is_dir() else path.parent).resolve()
+    return any(folder.is_relative_to(Path(place).resolve()) for place in places)
+
+
+def only_in(*places: str) -> AfterValidator:
+    def check(sources: list[str]) -> list[str]:
+        for source in sources:
+            if "://" not in source and source not in places and not tracked(source, *places):
+                raise ValueError(f"{source} is not in {places[-1]}, where DVC sees it change (links to files will do)")
+        return sources
+
+    return AfterValidator(check)
+
+
 # URIs of dsa/sources.py, tried in order; a single one needs no brackets.
 Sources = Annotated[
     list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value), Field(min_length=1)
 ]
+Rows = Annotated[Sources, only_in("python-packages", "data/local/rows")]
 
 # Names of dsa/ablations.py, which takes seconds to import.
 Ablation = Literal["none", "rope_none", "rope_all", "no_kl", "per_kv_head"]
@@ -34,7 +65,7 @@ class Indexer(Section):
 
 
 class Model(Section):
-    source: Sources
+    source: Annotated[Sources, only_in("data/base", "data/local/model")]
     sha256: dict[str, str] = {}  # of files, whatever the source
 
 
@@ -59,7 +90,7 @@ class Pretrain(Section):
 
 
 class Data(Section):
-    source: Sources
+    source: Rows
     packages: list[str] = []  # of the source python-packages
     rows: Positive | None = None  # that the source python-packages offers
     min_tokens: Positive
@@ -71,7 +102,7 @@ class Data(Section):
 
 
 class Preference(Section):
-    source: Sources
+    source: Rows
     rows: Positive | None = None  # that the source python-packages offers
     domains: list[str] | None = None
     pairs: Positive
@@ -134,6 +165,13 @@ class Harness(Section):
     fewshot: Natural | None
     max_length: Positive
     ruler_lengths: list[Positive]
+
+    @field_validator("ruler_lengths")
+    @classmethod
+    def fit(cls, lengths: list[int], info: ValidationInfo) -> list[int]:
+        if max(lengths, default=0) > info.data.get("max_length", math.inf):
+            raise ValueError(f"prompts would be cut to harness.max_length = {info.data['max_length']}")
+        return lengths
 
 
 class Params(Section):

@@ -5,12 +5,13 @@ from pathlib import Path
 
 from dsa import Qwen2DSAForCausalLM
 from dsa.training import freeze
-from stages import params
+from stages import check, params
 from stages.training import train
 
 
 def main() -> None:
     p = params.load("sparse")
+    check.experiment()
     warm = Path("models/warmup")
     model = Qwen2DSAForCausalLM.from_pretrained(warm, dtype="float32", attention_mode="sparse", index_topk=p.topk)
     freeze(model, backbone=False, indexer=p.ablation == "no_kl")

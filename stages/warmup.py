@@ -7,12 +7,13 @@ from pathlib import Path
 
 from dsa import ablations, from_dense
 from dsa.training import freeze
-from stages import params
+from stages import check, params
 from stages.training import train
 
 
 def main() -> None:
     p = params.load("warmup")
+    check.experiment()
     base = Path("models/base")
     model = from_dense(
         base,

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 from dsa import from_dense
-from stages import params
+from stages import check, params
 from stages.training import train
 
 
 def main() -> None:
     p = params.load("window")
+    check.experiment()
     base = Path("models/base")
     model = from_dense(base, topk=p.topk, n_heads=0, head_dim=4, selector="window", dtype="float32")
     train(

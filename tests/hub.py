@@ -46,7 +46,7 @@ class Hub:
 
     breaks: after how many bytes the next answers with a file break off; None in it: that one does not.
     tag: what the ETags of all files start with; status: name of a file or repository -> HTTP status instead of it.
-    token: what readers must show, None if all may read; ranges: whether Range is understood;
+    token: what readers must show, None if all may read; storage: its host; ranges: whether Range is understood;
     lengths: whether Content-Length is told.
     """
 
@@ -57,6 +57,7 @@ class Hub:
     status: dict[str, int] = field(default_factory=dict)
     tag: str = "v1"
     token: str | None = None
+    storage: str = "localhost"  # another host, which must not see the token
     ranges: bool = True
     lengths: bool = True
 
@@ -185,7 +186,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path not in repository.files:
             return self.refuse(404, "EntryNotFound")
         self.send_response(302)
-        storage = self.hub.url.replace("127.0.0.1", "localhost")  # another host, which must not see the token
+        storage = self.hub.url.replace("127.0.0.1", self.hub.storage)
         self.send_header("Location", f"{storage}/storage/{kind}/{name}/{path}?signature=1")
         self.send_header("Content-Length", "0")
         self.send_header("X-Repo-Commit", repository.commit)
@@ -207,6 +208,8 @@ class _Handler(BaseHTTPRequestHandler):
         if status := hub.status.get(path):
             request.status = status
             return self.refuse(status)
+        if self.headers.get("Authorization", f"Bearer {hub.token}") != f"Bearer {hub.token}":
+            return self.refuse(400)
         if start >= len(data) and asked:
             request.status = 416
             return self.refuse(416, length=len(data))

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -54,6 +53,7 @@ def log_likelihood(model, tokenizer, context: str, continuation: str) -> float:
 
 def write_tasks(folder, rows: list[dict]) -> dict[str, str]:
     """The paths of a task of each kind."""
+    folder.mkdir(parents=True)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "shots.jsonl").write_text(json.dumps({"text": "x = 1", "choices": ["y = 2"] * 3, "gold": 0}) + "\n")
     files = {"test": str(folder / "rows.jsonl"), "train": str(folder / "shots.jsonl")}
@@ -110,7 +110,7 @@ def run(request, tmp_path_factory):
     model.save_pretrained(root / f"models/{arm}")
     tokenizer.save_pretrained(root / f"models/{arm}")
 
-    tasks = write_tasks(root, rows)
+    tasks = write_tasks(root / harness.TASKS, rows)
     profile = yaml.safe_load((ROOT / "profiles/cpu.yaml").read_text())
     profile["harness"] |= {"tasks": list(tasks.values()), "limit": LIMIT}
     (root / "profiles").mkdir()
@@ -225,4 +225,4 @@ def test_unknown_tasks_are_named_before_anything_runs():
     suggested = suggested.split(", ")
     assert len(suggested) == 3
     with pytest.raises(params.ParamsError, match=r"harness\.tasks: .*\['cval-valid'\]"):
-        harness.check([*suggested, "cval-valid", os.fspath(ROOT / "params.yaml")])
+        harness.check([*suggested, "cval-valid"])

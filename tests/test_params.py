@@ -4,7 +4,7 @@ import shutil
 import pytest
 import yaml
 
-from stages import params
+from stages import harness, params
 from tests.conftest import ROOT
 
 
@@ -98,3 +98,43 @@ def test_every_stage_reads_its_params_through_its_own_declaration():
         ]
         assert len(loads) == 1, name
         assert name in ast.unparse(loads[0].args[0]), name
+
+
+@pytest.mark.parametrize("section,folder", [("model", "model"), ("data", "rows"), ("preference", "rows")])
+def test_a_local_source_that_dvc_does_not_watch_is_refused(root, monkeypatch, section, folder):
+    """It was edited, and `dvc repro` said that nothing had changed. DVC does not look into links to folders either."""
+    monkeypatch.chdir(root)
+    watched, elsewhere = root / "data/local" / folder, root / "elsewhere"
+    for path in (watched, elsewhere):
+        path.mkdir(parents=True)
+        (path / "a.jsonl").touch()
+    (watched / "link").symlink_to(elsewhere)
+    (watched / "b.jsonl").symlink_to(elsewhere / "a.jsonl")
+    profile = yaml.safe_load((root / "profiles/cpu.yaml").read_text())
+
+    def load(source):
+        change(root / "profiles/cpu.yaml", **{section: profile[section] | {"source": source}})
+        return params.load(root=root)
+
+    for source in ("a.jsonl", "b.jsonl", "", "missing.jsonl"):
+        load([f"data/local/{folder}/{source}", "hf://datasets/a/b"])
+        load(str(watched / source))
+    for source in ("elsewhere", str(elsewhere / "a.jsonl"), f"data/local/{folder}/link", "~/a.jsonl",
+                   f"data/local/{folder}/link/a.jsonl", f"data/local/{folder}/../x.jsonl"):  # fmt: skip
+        with pytest.raises(SystemExit, match=rf"cpu\.yaml: {section}\.source: .* is not in data/local/{folder}, "):
+            load(["hf://datasets/a/b", source])
+
+
+def test_what_is_read_from_disk_is_a_dependency():
+    """The folders that the check above allows are those that DVC watches."""
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    assert {"data/base", "data/local/model"} <= set(stages["model"]["deps"])
+    assert {"pyproject.toml", "data/local/rows"} <= set(stages["download"]["deps"])
+    assert harness.TASKS in stages["harness"]["do"]["deps"]
+
+
+def test_a_task_that_dvc_does_not_watch_is_refused(tmp_path):
+    """Its YAML was edited, and `dvc repro` said that nothing had changed."""
+    (tmp_path / "mine.yaml").write_text("task: mine")
+    with pytest.raises(params.ParamsError, match=r"harness\.tasks: not in data/local/tasks.*mine\.yaml"):
+        harness.check([str(tmp_path / "mine.yaml")])

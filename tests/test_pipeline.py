@@ -1,5 +1,6 @@
 """The graph that DVC sees, and the smoke profile from end to end in a clone of its own."""
 
+import gzip
 import json
 import os
 import shutil
@@ -243,3 +244,38 @@ def test_exp_run_of_a_variant_runs_only_what_depends_on_it(smoke, no_identity):
     assert ran == USES_TOPK | {"dpo@dsa", "harness@dsa"}  # its model changed
     shown = json.loads(run(["dvc", "metrics", "show", "--json"], smoke).stdout)
     assert "reports/summary.json" in shown[""]["data"]
+
+
+def test_a_local_source_that_was_edited_is_read_again(clone, no_identity):
+    """`dvc repro` said that nothing had changed, and without data/raw the run cache brought the old rows back."""
+    text = " ".join(f"word{i}" for i in range(900))
+
+    def write(answer):
+        sft = {"instruction": "a", "output": answer + text}
+        pair = {"conversations": [{"from": "human", "value": "a"}]}
+        pair |= {"chosen": {"from": "gpt", "value": answer}, "rejected": {"from": "gpt", "value": "no"}}
+        for name, row in (("sft", sft), ("pairs", pair)):
+            (clone / f"data/local/rows/{name}.jsonl").write_text(json.dumps(row) + "\n")
+
+    def raw():
+        run(["dvc", "repro", "download"], clone, **no_identity)
+        return b"".join(gzip.decompress(path.read_bytes()) for path in (clone / "data/raw").iterdir()).decode()
+
+    path = clone / "profiles/smoke.yaml"
+    profile = yaml.safe_load(path.read_text())
+    profile["data"] |= {"source": "data/local/rows/sft.jsonl", "samples": 1}
+    profile["preference"] |= {"source": "data/local/rows/pairs.jsonl", "pairs": 1}
+    params = yaml.safe_load((clone / "params.yaml").read_text())
+    try:
+        path.write_text(yaml.safe_dump(profile))
+        (clone / "params.yaml").write_text(yaml.safe_dump(params | {"profile": "smoke"}))
+        write("one")
+        assert raw().count("one") == 2
+        write("two")
+        shutil.rmtree(clone / "data/raw")
+        assert raw().count("two") == 2
+        write("one")
+        shutil.rmtree(clone / "data/raw")
+        assert raw().count("one") == 2  # the run cache's, and right
+    finally:
+        run(["git", "checkout", "-q", "params.yaml", "profiles", "dvc.lock"], clone)

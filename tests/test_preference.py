@@ -10,9 +10,9 @@ from datasets import Dataset
 from trl import DPOConfig
 
 from dsa import from_dense
-from dsa.data import pair_of
+from dsa.data import pair_of, tokenize_pair
 from dsa.modeling import Qwen2DSAAttention
-from dsa.preference import DSADPOTrainer, answer_log_probs, as_dataset, score_pair, tokenize_pair
+from dsa.preference import DSADPOTrainer, answer_log_probs, as_dataset, score_pair
 from dsa.training import freeze
 from stages.dpo import on_disk
 from stages.params import ParamsError

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from dsa import scan as scan_module
-from dsa.data import BadRow, encode, messages_of, pair_of, render
+from dsa.data import BadRow, encode, messages_of, pair_of, render, tokenize_pair
 from dsa.scan import LongRows, Pairs, TooManyBadRows, parse
 from tests.conftest import ROOT, SHARED
 
@@ -201,6 +201,7 @@ BAD = [
     (b"\xff\xfe{}", "not UTF-8"),
     (b'{"instruction": "a", "output": "\\ud800"}', "not UTF-8"),
     (b'{"instruction": "a", "output": NaN}', "output is not a string"),
+    (b'{"instruction": "a", "output": 0}', "output is not a string"),
     (b"[1]", "not an object"),
     (b'{"text": "a"}', "unknown schema"),
     (b'{"instruction": "a", "output": " "}', "no answer"),
@@ -279,7 +280,12 @@ def test_both_published_forms_of_a_pair_are_the_same():
     [
         ([], "not an object"),
         ({"prompt": "p"}, "unknown schema"),
-        (published() | {"chosen": None}, "chosen is not a list of messages"),
+        (published() | {"chosen": None}, "unknown schema"),
+        (published() | {"chosen": "good"}, "chosen is not a list of messages"),
+        (published() | {"tools": "[{}]"}, "tools cannot be rendered"),
+        (published() | {"chosen": {"role": "assistant", "content": "", "tool_calls": [1]}}, "tool_calls cannot be .*"),
+        (published() | {"system": ["x"]}, "system is not a string"),
+        (as_lists() | {"system": "x", "chosen": [{"role": "user"}]}, "chosen has a message of unknown schema"),
         (published() | {"chosen": {"from": ["gpt"], "value": "x"}}, "chosen has a message of unknown schema"),
         (published() | {"chosen": {"from": "gpt"}}, "chosen has a message of unknown schema"),
         (published() | {"chosen": {"from": "human", "value": "x"}}, "an answer is not the assistant's"),
@@ -292,6 +298,66 @@ def test_both_published_forms_of_a_pair_are_the_same():
 def test_pairs_of_another_shape_are_refused_with_a_reason(bad, reason):
     with pytest.raises(BadRow, match=f"^{reason}$"):
         pair_of(bad)
+
+
+def test_fields_that_a_table_filled_with_null_are_not_there():
+    """A parquet file has the fields of both forms in every row, and of both forms of a message."""
+    message = {"from": None, "value": None, "role": None, "content": None}
+    filled = {
+        "chosen": [message | turn for turn in as_lists()["chosen"]],
+        "rejected": [message | turn for turn in as_lists()["rejected"]],
+        "conversations": None,
+        "system": None,
+        "tools": None,
+    }
+    assert pair_of(filled) == pair_of(as_lists())
+    assert pair_of(published() | {"chosen": message | published()["chosen"]}) == pair_of(published())
+    plain = row(3)
+    filled = plain | {"input": None, "history": None, "system": None, "tools": None, "chosen": None, "text": None}
+    assert messages_of(filled) == messages_of(plain)
+    with pytest.raises(BadRow, match="unknown schema"):
+        messages_of({"instruction": None, "input": None, "output": None, "text": "a"})
+    with pytest.raises(BadRow, match="unknown schema"):
+        pair_of({"chosen": None, "rejected": None, "text": "a"})
+
+
+def test_the_system_prompt_of_a_row_is_used(tokenizer):
+    """It was dropped for the template's default (LLaMA-Factory #7592)."""
+    default = tokenizer.apply_chat_template(messages_of(row(200)), tokenize=False)
+    own = tokenizer.apply_chat_template(messages_of(row(200, system="Be brief.")), tokenize=False)
+    assert own == default.replace("You are a helpful assistant.", "Be brief.") != default
+    for empty in (None, "", " "):
+        assert messages_of(row(200, system=empty)) == messages_of(row(200))
+    assert pair_of(published(system="Be brief."))["prompt"][0] == {"role": "system", "content": "Be brief."}
+    turns = [{"from": "system", "value": "Be brief."}, *published()["conversations"]]
+    assert pair_of(published(system="Be brief.")) == pair_of(published() | {"conversations": turns})
+    with pytest.raises(BadRow, match="two system turns"):
+        pair_of(published(system="Be long.") | {"conversations": turns})
+    with pytest.raises(BadRow, match="tools cannot be rendered"):
+        messages_of(row(200, tools=[{"name": "f"}]))
+
+
+@pytest.mark.parametrize("system", ["Be brief.", "word " * 300])
+def test_rows_with_a_system_prompt_are_counted_and_cut_as_training_cuts_them(tokenizer, system):
+    """The cut was looked for behind the system turn instead of the question."""
+    raw = lines([row(n, system=system, input="far " * n) for n in range(1, 400, 7)])
+    raw += lines([row(n, input="far " * n) for n in range(1, 400, 7)])
+    scan = LongRows(tokenizer, 256, 0, 100)
+    kept = [(r.number, r.tokens) for r in scan(raw)]
+    expected = []
+    for number, tokens in plain_loop(tokenizer, raw, 100):
+        (example,) = encode(tokenizer, [render(tokenizer, messages_of(parse(raw[number])))], 256)
+        if any(label != -100 for label in example["labels"]):
+            expected.append((number, tokens))
+    assert kept == expected and 0 < len(kept) < len(raw)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tokenizer):
+    """Excel and PowerShell write one; the row was malformed JSON."""
+    (line,) = lines([row(3)])
+    assert parse(b"\xef\xbb\xbf" + line) == parse(line)
+    scan = LongRows(tokenizer, 1000, 0, 1)
+    assert len(list(scan([b"\xef\xbb\xbf" + line, line]))) == 2
 
 
 def test_pairs_that_are_not_wanted_are_counted(tokenizer):
@@ -326,3 +392,49 @@ def test_real_pairs():
     assert tally.left_out == {"over 2048 tokens": 6} and len(english) == 197
     _, unpaired = scanned("kto_en_demo.jsonl")
     assert list(unpaired.bad) == ["unknown schema"] and unpaired.bad_rows == 202
+
+
+@pytest.mark.parametrize("name", ["data/base", pytest.param("../shared/data/qwen2.5-0.5b", marks=needs_shared)])
+@pytest.mark.parametrize("answer", ["chosen", "rejected"])
+def test_no_kept_pair_has_a_token_across_prompt_and_answer(name, answer):
+    """A held-out pair with one ended DPO after its training; TRL moved the border of the others (trl #5213)."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / name)
+    texts = ["\n\nyes", "\nyes", "\r\nyes", " \nyes", "yes", " yes", "  yes", "\tyes", "\u0301", "<|im_end|>"]
+    rows = [published() | {answer: {"from": "gpt", "value": text}} for text in texts]
+    scan = Pairs(tokenizer, 100, 0)
+    kept = list(scan(lines(rows)))
+    left = len(rows) - len(kept)
+    assert scan.tally.left_out == {"a token across prompt and answer": left} and left > 1 and len(kept) > 1
+    assert {"yes", " yes"} <= {pair.row[answer][0]["content"] for pair in kept}
+    for pair in kept:
+        prompt = tokenizer.apply_chat_template(pair.row["prompt"], add_generation_prompt=True, return_dict=False)
+        example = tokenize_pair(tokenizer, pair.row)
+        assert example["prompt_ids"] == prompt  # what a generation begins with
+        whole = tokenizer.apply_chat_template(pair.row["prompt"] + pair.row[answer], return_dict=False)
+        assert prompt + example[f"{answer}_ids"] == whole
+
+
+REWRITES = {
+    "the last answer": "{% if loop.last and m['role'] == 'assistant' %}<think></think>{% endif %}",  # as Qwen3's
+    "the first question": "{% if loop.first and messages | length > 2 %}!{% endif %}",
+    "what is trimmed": "{% if loop.last %}!{% endif %}",
+}
+
+
+@pytest.mark.parametrize("mark", REWRITES.values(), ids=REWRITES)
+def test_a_template_that_rewrites_earlier_turns_is_found_before_training(tokenizer, mark):
+    """It ended `dense` in a traceback, and `dpo` after its training."""
+    other = AutoTokenizer.from_pretrained(ROOT / "data/base")
+    content = "{{ m['content'] }}"
+    copied = "{{ m['content'] | trim }}" if mark is REWRITES["what is trimmed"] else content
+    other.chat_template = tokenizer.chat_template.replace(content, mark + copied)
+    scan = LongRows(other, 10_000, 9, 100)
+    single = [1] if "assistant" in mark or "first" in mark else []
+    assert [kept.number for kept in scan(lines([row(200, history=[["a", "b"]]), row(200)]))] == single
+    assert list(scan.tally.bad) == ["the chat template rewrites earlier turns: answers cannot be told from prompts"]
+    other.chat_template = tokenizer.chat_template.replace(
+        content, "{% if messages | length > 1 %}!{% endif %}" + copied
+    )
+    pairs = Pairs(other, 100, 9)
+    assert not list(pairs(lines([published()])))
+    assert list(pairs.tally.bad) == ["the chat template rewrites the prompt: answers cannot be told from prompts"]

@@ -1,3 +1,4 @@
+import datetime
 import errno
 import gzip
 import io
@@ -7,6 +8,7 @@ import logging
 import os
 import shutil
 from collections import namedtuple
+from decimal import Decimal
 
 import huggingface_hub
 import numpy as np
@@ -17,6 +19,8 @@ from pyarrow import parquet
 from safetensors.numpy import save
 
 from dsa import http, sources
+from dsa.data import BadRow
+from dsa.scan import parse
 from dsa.sources import DiskTooSmall, NoPermission, NotFound, SourceError, Unreachable, WrongChecksum
 
 ROWS = [{"id": i, "input": f"第{i}行 😀", "history": [["q", "a"]] * (i % 3)} for i in range(600)]
@@ -145,6 +149,49 @@ def test_many_files_come_in_pages(hub, read, monkeypatch):
     monkeypatch.setattr("dsa.hubs.ModelScope.PAGE", 4)
     hub.add("dataset", ID, {f"{i:03}.jsonl": b"%d" % i for i in range(23)})
     assert read(uri("modelscope"))[0] == [b"%d" % i for i in range(23)]
+
+
+def test_text_that_a_table_stores_as_bytes_is_text(hub, read):
+    """It became the text of a bytes literal, b'...', and was trained on."""
+    rows = [
+        {"output": row["input"].encode(), "history": [[turn.encode() for turn in t] for t in row["history"]]}
+        for row in ROWS
+    ]
+    hub.add("dataset", ID, {"a.parquet": table(rows)})
+    assert [json.loads(row) for row in read(uri("hf"))[0]] == [
+        {"output": row["input"], "history": row["history"]} for row in ROWS
+    ]
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.string()])
+def test_bytes_of_a_table_that_are_not_utf8_make_one_bad_row(kind, hub, read):
+    """In a column of strings they ended the stage in a traceback: parquet does not check them."""
+    texts = [b"good", b"\xff\xfe", "好".encode(), b"a" * 300, b"\xe5\xa5"] * 200
+    stored = pa.array(texts, pa.large_binary() if kind == pa.large_binary() else pa.binary())
+    if kind == pa.string():
+        stored = pa.Array.from_buffers(kind, len(stored), stored.buffers())
+    out = io.BytesIO()
+    parquet.write_table(pa.table({"instruction": ["a"] * len(texts), "output": stored}), out)
+    hub.add("dataset", ID, {"a.parquet": out.getvalue()})
+    found = []
+    for line in read(uri("hf"))[0]:
+        try:
+            found.append(parse(line)["output"].encode())
+        except BadRow as reason:
+            assert str(reason) == "not UTF-8"
+            found.append(None)
+    assert found == [None if text[0] == 0xFF or text == b"\xe5\xa5" else text for text in texts]
+
+
+@pytest.mark.parametrize(
+    "value", [datetime.datetime(2020, 1, 1), datetime.date(2020, 1, 1), Decimal("1.5"), datetime.timedelta(1)]
+)
+def test_types_that_json_lacks_are_refused_by_name(value, hub, read):
+    """They were trained on as Python writes them."""
+    hub.add("dataset", ID, {"a.parquet": table([{"id": 1, "output": [{"when": value}]}])})
+    with pytest.raises(SourceError, match=f"a.parquet: column output: JSON has no {type(value).__name__}") as error:
+        read(uri("hf"))
+    assert "\n" not in str(error.value)
 
 
 # Broken connections
@@ -367,6 +414,23 @@ def test_no_permission(form, status, what, hub, read):
     with pytest.raises(NoPermission, match=variable) as error:
         read(uri(form, "a.jsonl"), "other.jsonl")
     assert "\n" not in str(error.value) and "a.jsonl" in str(error.value)
+
+
+@FORMS
+@pytest.mark.parametrize("storage", ["localhost", "127.0.0.1"])
+def test_the_token_is_shown_although_netrc_has_another(form, storage, hub, read, monkeypatch, tmp_path):
+    """What ~/.netrc has for the hub was shown instead: 401, and the advice to set what was set (huggingface_hub #2765).
+
+    Storage of the hub's own host is asked with the token too, storage elsewhere without.
+    """
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login someone password else", encoding="utf-8")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    hub.add("dataset", ID, {"a.jsonl": JSONL})
+    hub.token, hub.storage = "secret", storage
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("MODELSCOPE_API_TOKEN", "secret")
+    assert len(read(uri(form))[0]) == len(ROWS)
+    assert hub.requests[-1].token is (storage == "127.0.0.1")
 
 
 @FORMS
