@@ -7,8 +7,10 @@ import os
 import platform
 import resource
 import time
+import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -74,21 +76,29 @@ def measured(metrics: dict) -> Iterator[None]:
 
 
 def digest(paths: Iterable[Path]) -> str:
-    """A hash of the contents of files and directories."""
+    """A hash of the names and contents of files and directories, without what .dvcignore lists."""
     total = hashlib.blake2b(digest_size=8)
     for path in paths:
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         for file in files:
-            total.update(file.relative_to(path.parent).as_posix().encode())
+            if "__pycache__" in file.parts:
+                continue
+            total.update(file.as_posix().encode())
             total.update(hashlib.blake2b(file.read_bytes()).digest())
     return total.hexdigest()
 
 
-def scratch(stage: str, settings: dict, inputs: Iterable[Path]) -> Path:
-    """Where the stage's checkpoints live: under DSA_SCRATCH, named after its params and inputs.
+def versions() -> dict[str, str]:
+    """Of Python, and of each library that pyproject.toml names."""
+    project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = [dependency.split("==")[0] for dependency in project["dependencies"]]
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
 
-    It is no output of the pipeline, for DVC deletes outputs before a stage runs. A rerun with the same params and
-    inputs finds its own checkpoint, any other does not.
+
+def scratch(stage: str, settings: dict, inputs: Iterable[Path]) -> Path:
+    """Where a stage keeps what a rerun goes on from: under DSA_SCRATCH, named after its settings and inputs.
+
+    It is no output of the pipeline, for DVC deletes outputs before a stage runs.
     """
     root = Path(os.environ.get("DSA_SCRATCH", Path.home() / ".cache" / "dsa" / "scratch"))
     name = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -21,8 +21,8 @@ from dsa.evaluation import greedy
 from dsa.preference import DSADPOTrainer, as_dataset, score_pair, tokenize_pair
 from dsa.training import freeze
 from stages import params
-from stages.common import measured, read_rows, scratch, write_json
-from stages.training import first_and_last, run, trainer_options, use_all_cores, write_curve
+from stages.common import measured, read_rows, write_json
+from stages.training import checkpoints, first_and_last, run, trainer_options, use_all_cores, write_curve
 
 PAIRS = Path("data/pairs")
 LOGGED = ("loss", "rewards/accuracies", "rewards/margins", "kl", "learning_rate", "grad_norm")
@@ -47,8 +47,7 @@ def main(arm: str) -> None:
     dpo, source = p.dpo, Path("models") / arm
     use_all_cores()
     metrics: dict = {}
-    settings = dpo.model_dump() | {"seed": p.seed, "max_length": p.preference.max_length}
-    folder = scratch(f"dpo-{arm}", settings, [PAIRS, source])
+    folder = checkpoints(f"dpo@{arm}")
     with measured(metrics):
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = Qwen2DSAForCausalLM.from_pretrained(source, dtype="float32")

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 from dsa.data import Collator, encode, end_ids, messages_of, render
 from dsa.modeling import Qwen2DSAForCausalLM
 from dsa.training import DSATrainer, MassProbe, Rows, TokenProgress, supports_bf16
-from stages.common import measured, read_rows, scratch, write_json
-from stages.params import ParamsError, Training
+from stages.common import measured, read_rows, scratch, versions, write_json
+from stages.params import ParamsError, Training, dependencies
 
 LONG = Path("data/long")
 CHECKPOINTS = 5  # a run
@@ -45,6 +45,14 @@ def use_all_cores() -> None:
     if not torch.cuda.is_available():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def checkpoints(stage: str) -> Path:
+    """The folder of a stage's checkpoints. A rerun finds them if nothing has changed that DVC counts as a dependency,
+    nor what it does not see: the libraries, and the precision, which is this machine's."""
+    counted = dependencies(stage)
+    settings = counted | {"versions": versions(), "bf16": supports_bf16()}
+    return scratch(stage.replace("@", "-"), settings, map(Path, counted["deps"]))
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -127,20 +135,19 @@ def train(
     *,
     seed: int,
     max_length: int,
-    inputs: list[Path],
+    source: Path,
     out: Path,
     indexer_learning_rate: float | None = None,
 ) -> None:
     """Train what of `model` is not frozen on data/long, and write `out` and reports/train/<stage>.{json,csv}.
 
-    A run that was killed goes on from its last checkpoint.
+    A run that was killed goes on from its last checkpoint. source: the folder of the model that `model` was made from.
     """
     metrics: dict = {}
     use_all_cores()
-    settings = section.model_dump() | {"seed": seed, "max_length": max_length, "model": model.config.to_dict()}
-    folder = scratch(stage, settings, [LONG, *inputs])
+    folder = checkpoints(stage)
     with measured(metrics):
-        tokenizer = AutoTokenizer.from_pretrained(inputs[0])
+        tokenizer = AutoTokenizer.from_pretrained(source)
         model.generation_config.eos_token_id = end_ids(tokenizer)
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         rows = examples(tokenizer, LONG / "train.jsonl.gz", max_length)

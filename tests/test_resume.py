@@ -1,0 +1,69 @@
+"""Which checkpoint a rerun goes on from."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from stages import common, params
+from stages.training import checkpoints
+from tests.conftest import ROOT
+
+TRAINED = ["dense", "warmup", "sparse", "window", "dpo@dense", "dpo@dsa"]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """The project's own files, with a file in each folder that a stage would have made."""
+    for name in ("params.yaml", "dvc.yaml", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for name in ("dsa", "stages", "profiles"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for stage in TRAINED:
+        for name in params.dependencies(stage, tmp_path)["deps"]:
+            if not (path := tmp_path / name).exists():
+                path.mkdir(parents=True)
+                (path / "part").write_bytes(b"0")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_a_checkpoint_of_other_code_data_or_libraries_is_not_continued(project, stage, monkeypatch):
+    """torchforge #631: what a dependency of dvc.yaml changes is another run's."""
+    first = checkpoints(stage)
+    for name in params.dependencies(stage)["deps"]:
+        path = next(p for p in (Path(name), *sorted(Path(name).rglob("*"))) if p.is_file())
+        before = path.read_bytes()
+        path.write_bytes(before + b"#")
+        assert checkpoints(stage) != first, path
+        path.write_bytes(before)
+    edited = Path("profiles/cpu.yaml").read_text().replace("learning_rate: ", "learning_rate: 1")
+    Path("profiles/cpu.yaml").write_text(edited)
+    assert checkpoints(stage) != first
+    shutil.copy(ROOT / "profiles/cpu.yaml", "profiles/cpu.yaml")
+    assert checkpoints(stage) == first
+    monkeypatch.setattr(common, "version", lambda name: "0" if name == "transformers" else "1")
+    older = checkpoints(stage)
+    monkeypatch.setattr(common, "version", lambda name: "1")
+    assert first != older != checkpoints(stage) != first
+
+
+def test_what_a_stage_does_not_depend_on_keeps_its_checkpoint(project):
+    first = {stage: checkpoints(stage) for stage in TRAINED}
+    Path("stages/report.py").write_text("")
+    Path("dsa/kernels/__pycache__").mkdir()
+    Path("dsa/kernels/__pycache__/select.pyc").write_bytes(b"made by the first run")
+    knobs = Path("params.yaml").read_text()
+    Path("params.yaml").write_text(knobs.replace("topk: 256", "topk: 128"))
+    changed = {stage for stage in TRAINED if checkpoints(stage) != first[stage]}
+    assert changed == {"sparse", "window"}
+
+
+def test_a_checkpoint_of_another_precision_is_not_continued(project, monkeypatch):
+    """The scratch folder of a cluster is seen by machines with and without bfloat16."""
+    names = []
+    for supported in (True, False):
+        monkeypatch.setattr("stages.training.supports_bf16", lambda supported=supported: supported)
+        names.append(checkpoints("dense"))
+    assert names[0] != names[1]
