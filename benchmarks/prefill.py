@@ -3,7 +3,7 @@
     python -m benchmarks.prefill models/dsa data/long/test.jsonl.gz --lengths 32768 65536
 
 The model reads the held-out rows, joined, in its own sparse mode with k = 2048. What its indexers made of the text is
-kept in scratch/prefill.pt, for reading 64K tokens takes minutes. For a block of queries at each length and each layer's
+kept in the scratch folder, for reading 64K tokens takes minutes. For a block of queries at each length and each layer's
 selection: scoring and ranking with the layer's own index queries and keys; sparse attention as the library chooses and
 in each way by itself, over random tensors of the full-size geometry; dense attention. The ways take turns. How much the
 selections overlap is in multiples of k, also for whole rows of the length that the model was trained on, at its own k:
@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, DynamicCache
 from dsa import Qwen2DSAForCausalLM, attention, index_scores, select_topk, sparse_attention
 from dsa.masks import Slab, Visibility
 from stages.benchmark import BLOCK, HKV, HQ, D, grouped_attention
-from stages.common import device_name, write_json
+from stages.common import device_name, scratch, versions, write_json
 from stages.training import examples
 
 CHUNK = 1024  # tokens a forward pass
@@ -131,7 +131,6 @@ def main() -> None:
     parser.add_argument("--topk", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--rows", type=int, default=8, help="rows of the trained length, for their overlap")
-    parser.add_argument("--index", type=Path, default=Path("scratch/prefill.pt"))
     args = parser.parse_args()
     model = Qwen2DSAForCausalLM.from_pretrained(args.model, dtype="float32").eval()
     trained = {"length": model.config.max_position_embeddings, "topk": model.config.index_topk}
@@ -145,11 +144,13 @@ def main() -> None:
     trained["layers"] = [
         {key: round(mean(x[key] for x in layer), 4) for key in layer[0]} for layer in zip(*shares, strict=True)
     ]
-    if not args.index.exists():
+    made_from = {"topk": args.topk, "lengths": args.lengths, "versions": versions()}
+    index = scratch("prefill", made_from, [args.model, args.rows_file, Path("dsa"), Path("benchmarks/prefill.py")])
+    if not index.exists():
         model.config.index_topk = args.topk
-        args.index.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(read(model, [i for ids in rows for i in ids], args.lengths), args.index)
-    layers = torch.load(args.index)
+        index.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(read(model, [i for ids in rows for i in ids], args.lengths), index)
+    layers = torch.load(index)
     result = {
         "model": str(args.model),
         "device": device_name(),

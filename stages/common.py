@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
+
+from stages.params import ParamsError
 
 
 def read_rows(path: Path) -> Iterator[dict]:
@@ -103,3 +107,32 @@ def scratch(stage: str, settings: dict, inputs: Iterable[Path]) -> Path:
     root = Path(os.environ.get("DSA_SCRATCH", Path.home() / ".cache" / "dsa" / "scratch"))
     name = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
     return root / f"{stage}-{name}-{digest(inputs)}"
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[Path]:
+    """Hold a scratch folder for this run alone, and delete it once all went well.
+
+    The first of the run's processes holds it for all. Raises ParamsError where another run does. The lock stands beside
+    the folder and goes with a process that is killed.
+    """
+    if int(os.environ.get("RANK", 0)):
+        yield folder
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock, owner = FileLock(f"{folder}.lock", timeout=0), folder / "owner"
+    try:
+        lock.acquire()
+    except Timeout:
+        who = owner.read_text(encoding="utf-8") if owner.exists() else "another run"
+        raise ParamsError(
+            f"DSA_SCRATCH: {who} is at work in {folder}: wait until it ends, or set another DSA_SCRATCH"
+        ) from None
+    try:
+        folder.mkdir(exist_ok=True)
+        owner.write_text(f"process {os.getpid()} on {platform.node()}, started in {Path.cwd()},", encoding="utf-8")
+        yield folder
+        shutil.rmtree(folder, ignore_errors=True)
+        Path(lock.lock_file).unlink()
+    finally:
+        lock.release()

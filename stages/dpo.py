@@ -4,7 +4,6 @@ The reference is the arm's own model before the stage; its log-probabilities are
 on in policy and reference of the DSA arm.
 """
 
-import shutil
 import sys
 from itertools import islice
 from pathlib import Path
@@ -21,7 +20,7 @@ from dsa.evaluation import greedy
 from dsa.preference import DSADPOTrainer, as_dataset, score_pair, tokenize_pair
 from dsa.training import freeze
 from stages import params
-from stages.common import measured, read_rows, write_json
+from stages.common import measured, owned, read_rows, write_json
 from stages.training import checkpoints, first_and_last, run, trainer_options, use_all_cores, write_curve
 
 PAIRS = Path("data/pairs")
@@ -42,12 +41,10 @@ def on_disk(pairs: list[dict], folder: Path) -> Dataset:
     return Dataset.load_from_disk(folder)
 
 
-def main(arm: str) -> None:
-    p = params.load(f"dpo@{arm}")
+def optimise(arm: str, p: params.Params, folder: Path) -> None:
+    """Train the arm's model and score it on the held-out pairs. folder: of checkpoints, and of the pairs."""
     dpo, source = p.dpo, Path("models") / arm
-    use_all_cores()
     metrics: dict = {}
-    folder = checkpoints(f"dpo@{arm}")
     with measured(metrics):
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = Qwen2DSAForCausalLM.from_pretrained(source, dtype="float32")
@@ -116,7 +113,13 @@ def main(arm: str) -> None:
         "generations": samples,
     }
     write_json(Path(f"reports/dpo/{arm}.json"), metrics)
-    shutil.rmtree(folder, ignore_errors=True)
+
+
+def main(arm: str) -> None:
+    p = params.load(f"dpo@{arm}")
+    use_all_cores()
+    with owned(checkpoints(f"dpo@{arm}")) as folder:
+        optimise(arm, p, folder)
 
 
 if __name__ == "__main__":

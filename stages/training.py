@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 from dsa.data import Collator, encode, end_ids, messages_of, render
 from dsa.modeling import Qwen2DSAForCausalLM
 from dsa.training import DSATrainer, MassProbe, Rows, TokenProgress, supports_bf16
-from stages.common import measured, read_rows, scratch, versions, write_json
+from stages.common import measured, owned, read_rows, scratch, versions, write_json
 from stages.params import ParamsError, Training, dependencies
 
 LONG = Path("data/long")
@@ -145,33 +145,32 @@ def train(
     """
     metrics: dict = {}
     use_all_cores()
-    folder = checkpoints(stage)
-    with measured(metrics):
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model.generation_config.eos_token_id = end_ids(tokenizer)
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
-        rows = examples(tokenizer, LONG / "train.jsonl.gz", max_length)
-        held_out = examples(tokenizer, LONG / "test.jsonl.gz", max_length)
-        trainer = DSATrainer(
-            model,
-            TrainingArguments(**trainer_options(section, folder, seed)),
-            train_dataset=Rows(rows),
-            data_collator=Collator(tokenizer.pad_token_id),
-            indexer_learning_rate=indexer_learning_rate,
-        )
-        if trainer.trains_indexer:
-            trainer.add_callback(MassProbe(held_out[0], every=max(1, section.steps // 10)))
-        tokens = section.batch_size * sum(len(row["input_ids"]) for row in rows) / len(rows)
-        result = run(trainer, folder, tokens)
-    if not trainer.is_world_process_zero():
-        return
-    trainer.model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    curve = write_curve(trainer.state.log_history, Path(f"reports/train/{stage}.csv"), LOGGED)
-    metrics |= {"rows": section.steps * section.batch_size} | result | first_and_last(curve)
-    write_json(Path(f"reports/train/{stage}.json"), metrics)
-    shutil.rmtree(folder, ignore_errors=True)
-    gc.collect()
+    with owned(checkpoints(stage)) as folder:
+        with measured(metrics):
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model.generation_config.eos_token_id = end_ids(tokenizer)
+            model.generation_config.pad_token_id = tokenizer.pad_token_id
+            rows = examples(tokenizer, LONG / "train.jsonl.gz", max_length)
+            held_out = examples(tokenizer, LONG / "test.jsonl.gz", max_length)
+            trainer = DSATrainer(
+                model,
+                TrainingArguments(**trainer_options(section, folder, seed)),
+                train_dataset=Rows(rows),
+                data_collator=Collator(tokenizer.pad_token_id),
+                indexer_learning_rate=indexer_learning_rate,
+            )
+            if trainer.trains_indexer:
+                trainer.add_callback(MassProbe(held_out[0], every=max(1, section.steps // 10)))
+            tokens = section.batch_size * sum(len(row["input_ids"]) for row in rows) / len(rows)
+            result = run(trainer, folder, tokens)
+        if not trainer.is_world_process_zero():
+            return
+        trainer.model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        curve = write_curve(trainer.state.log_history, Path(f"reports/train/{stage}.csv"), LOGGED)
+        metrics |= {"rows": section.steps * section.batch_size} | result | first_and_last(curve)
+        write_json(Path(f"reports/train/{stage}.json"), metrics)
+        gc.collect()
 
 
 def write_curve(history: list[dict], path: Path, logged: tuple[str, ...]) -> pd.DataFrame:
