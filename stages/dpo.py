@@ -66,9 +66,7 @@ def optimise(arm: str, p: params.Params, folder: Path) -> None:
             eval_dataset=None,
             processing_class=tokenizer,
         )
-        examples = trainer.train_dataset
-        lengths = [2 * len(e["prompt_ids"]) + len(e["chosen_ids"]) + len(e["rejected_ids"]) for e in examples]
-        result = run(trainer, folder, dpo.batch_size * sum(lengths) / len(lengths))
+        result = run(trainer, folder)
         if not trainer.is_world_process_zero():
             return
         test = [tokenize_pair(tokenizer, pair) for pair in held_out]
@@ -104,7 +102,7 @@ def optimise(arm: str, p: params.Params, folder: Path) -> None:
         unit=np.unique(units, return_inverse=True)[1],
     )
     metrics |= {
-        "pairs": len(pairs),
+        "pairs": len(trainer.train_dataset),  # TRL drops those whose answers do not fit
         "held_out_pairs": len(scores),
         **result,
         "reward_accuracy": round(float((margins > 0).mean()), 4),
