@@ -22,6 +22,7 @@ from transformers.models.qwen2.modeling_qwen2 import (
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
+from transformers.utils import can_return_tuple
 
 from dsa.attention import sparse_attention
 from dsa.cache import growing
@@ -238,17 +239,40 @@ class Qwen2DSAForCausalLM(Qwen2DSAPreTrainedModel, Qwen2ForCausalLM):
         self.model = Qwen2DSAModel(config)
         self.post_init()
 
-    def forward(self, *args, output_indexer_kl: bool = False, **kwargs) -> DSACausalLMOutput:
-        """As `Qwen2ForCausalLM.forward`.
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_indexer_kl: bool = False,
+        **kwargs,
+    ) -> DSACausalLMOutput:
+        """As `Qwen2ForCausalLM.forward`, each parameter by its name: transformers decides by them what `generate`
+        computes and infers, and what a Trainer keeps of a dataset.
 
         output_indexer_kl: also compute the indexer's loss, `indexer_kl` in the output. Its gradient reaches the
             indexer only, that of `loss` everything else.
         """
-        if not output_indexer_kl:
-            return super().forward(*args, **kwargs)
-        indexer_loss = IndexerLoss()
-        outputs = super().forward(*args, observer=indexer_loss, **kwargs)
-        return DSACausalLMOutput(**outputs, indexer_kl=torch.stack(indexer_loss.kl))
+        if output_indexer_kl:
+            kwargs["observer"] = indexer_loss = IndexerLoss()
+        outputs = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        return DSACausalLMOutput(**outputs, indexer_kl=torch.stack(indexer_loss.kl) if output_indexer_kl else None)
 
     def indexer_parameters(self) -> list[torch.nn.Parameter]:
         return [p for name, p in self.named_parameters() if ".indexer." in name]

@@ -12,10 +12,10 @@ from transformers import DynamicCache
 from trl import DPOTrainer
 
 from dsa.modeling import IndexerLoss, Qwen2DSAForCausalLM
-from dsa.training import SplitOptimizer
+from dsa.training import SplitOptimizer, WholeBatches
 
 
-class DSADPOTrainer(SplitOptimizer, DPOTrainer):
+class DSADPOTrainer(WholeBatches, SplitOptimizer, DPOTrainer):
     """TRL's DPOTrainer, which trains whatever of the model is not frozen.
 
     TRL runs the backbone and scores the LM head in tiles itself: the layers, and with them sparse attention, are the

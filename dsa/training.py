@@ -10,7 +10,7 @@ Both losses are means over the global batch: they do not change with micro-batch
 import time
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, RandomSampler
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from dsa.evaluation import attention_mass
@@ -44,6 +44,21 @@ class Rows(Dataset):
 
     def __getitem__(self, i: int) -> dict:
         return self.examples[i]
+
+
+class WholeBatches:
+    """A Trainer's sampler for which every step has its whole batch, also where an epoch ends within it.
+
+    Shuffled epochs follow each other without a break, `max_steps` batches of them. By itself a Trainer cuts the last
+    batch of each epoch short, and on several processes accelerate fills it up with rows taken twice.
+    """
+
+    def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, RandomSampler) and self.args.max_steps > 0:
+            rows = self.args.max_steps * self.get_total_train_batch_size(self.args)
+            return RandomSampler(sampler.data_source, num_samples=rows)
+        return sampler
 
 
 class SplitOptimizer:
@@ -87,13 +102,13 @@ class SplitOptimizer:
         return norms[0]
 
 
-class DSATrainer(SplitOptimizer, Trainer):
+class DSATrainer(WholeBatches, SplitOptimizer, Trainer):
     """Trains whatever of the model is not frozen.
 
     Args:
         indexer_learning_rate: of the indexers' own parameter group; the backbone's is `args.learning_rate`.
 
-    The logs hold, by optimiser step: `lm_loss` if the backbone is trained, and `kl`, the layers' mean, with
+    The logs hold, by optimiser step: `rows`; `lm_loss` if the backbone is trained, and `kl`, the layers' mean, with
     `kl_layer_<i>`, if the indexer is.
     """
 
@@ -117,6 +132,7 @@ class DSATrainer(SplitOptimizer, Trainer):
             inputs |= {"labels": None, "logits_to_keep": 1}
         outputs = model(**inputs, output_indexer_kl=self.trains_indexer, use_cache=False)
         loss = outputs.logits.new_zeros(())
+        self._note("rows", loss.new_tensor(len(inputs["input_ids"])))
         if self.trains_backbone:
             loss = loss + outputs.loss
             self._note("lm_loss", outputs.loss)
@@ -160,20 +176,14 @@ class MassProbe(TrainerCallback):
 class TokenProgress(ProgressCallback):
     """The Trainer's progress bar, with tokens/s beside steps and ETA."""
 
-    def __init__(self, tokens_per_step: float):
-        super().__init__()
-        self.tokens_per_step = tokens_per_step
-        self.begun = None
-
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        self.begun = time.monotonic(), state.global_step
+        self.begun, self.tokens_before = time.monotonic(), state.num_input_tokens_seen
 
     def on_step_end(self, args, state, control, **kwargs):
         super().on_step_end(args, state, control, **kwargs)
         if self.training_bar is not None:
-            start, step = self.begun
-            rate = (state.global_step - step) * self.tokens_per_step / (time.monotonic() - start)
+            rate = (state.num_input_tokens_seen - self.tokens_before) / (time.monotonic() - self.begun)
             self.training_bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
 
     def on_log(self, args, state, control, logs=None, **kwargs):

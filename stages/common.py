@@ -6,13 +6,19 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import time
+import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
+
+from stages.params import ParamsError
 
 
 def read_rows(path: Path) -> Iterator[dict]:
@@ -83,22 +89,59 @@ def measured(metrics: dict) -> Iterator[None]:
 
 
 def digest(paths: Iterable[Path]) -> str:
-    """A hash of the contents of files and directories."""
+    """A hash of the names and contents of files and directories, without what .dvcignore lists."""
     total = hashlib.blake2b(digest_size=8)
     for path in paths:
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         for file in files:
-            total.update(file.relative_to(path.parent).as_posix().encode())
+            if "__pycache__" in file.parts:
+                continue
+            total.update(file.as_posix().encode())
             total.update(hashlib.blake2b(file.read_bytes()).digest())
     return total.hexdigest()
 
 
-def scratch(stage: str, settings: dict, inputs: Iterable[Path]) -> Path:
-    """Where the stage's checkpoints live: under DSA_SCRATCH, named after its params and inputs.
+def versions() -> dict[str, str]:
+    """Of Python, and of each library that pyproject.toml names."""
+    project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = [dependency.split("==")[0] for dependency in project["dependencies"]]
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
 
-    It is no output of the pipeline, for DVC deletes outputs before a stage runs. A rerun with the same params and
-    inputs finds its own checkpoint, any other does not.
+
+def scratch(stage: str, settings: dict, inputs: Iterable[Path]) -> Path:
+    """Where a stage keeps what a rerun goes on from: under DSA_SCRATCH, named after its settings and inputs.
+
+    It is no output of the pipeline, for DVC deletes outputs before a stage runs.
     """
     root = Path(os.environ.get("DSA_SCRATCH", Path.home() / ".cache" / "dsa" / "scratch"))
     name = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
     return root / f"{stage}-{name}-{digest(inputs)}"
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[Path]:
+    """Hold a scratch folder for this run alone, and delete it once all went well.
+
+    The first of the run's processes holds it for all. Raises ParamsError where another run does. The lock stands beside
+    the folder and goes with a process that is killed.
+    """
+    if int(os.environ.get("RANK", 0)):
+        yield folder
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock, owner = FileLock(f"{folder}.lock", timeout=0), folder / "owner"
+    try:
+        lock.acquire()
+    except Timeout:
+        who = owner.read_text(encoding="utf-8") if owner.exists() else "another run"
+        raise ParamsError(
+            f"DSA_SCRATCH: {who} is at work in {folder}: wait until it ends, or set another DSA_SCRATCH"
+        ) from None
+    try:
+        folder.mkdir(exist_ok=True)
+        owner.write_text(f"process {os.getpid()} on {platform.node()}, started in {Path.cwd()},", encoding="utf-8")
+        yield folder
+        shutil.rmtree(folder, ignore_errors=True)
+        Path(lock.lock_file).unlink()
+    finally:
+        lock.release()

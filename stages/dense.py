@@ -12,7 +12,7 @@ def main() -> None:
     check.experiment()
     base = Path("models/base")
     model = from_dense(base, topk=1, n_heads=0, head_dim=4, attention_mode="dense", dtype="float32")
-    train("dense", model, p.dense, seed=p.seed, max_length=p.data.max_length, inputs=[base], out=Path("models/dense"))
+    train("dense", model, p.dense, seed=p.seed, max_length=p.data.max_length, source=base, out=Path("models/dense"))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ sources of the installed packages.
 """
 
 import json
-import shutil
 from collections import deque
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from dsa import corpus, sources
 from dsa.scan import LongRows, Pairs, Scan, TooManyBadRows
 from stages import params
-from stages.common import line_writer, measured, scratch, write_json
+from stages.common import line_writer, measured, owned, scratch, write_json
 
 RAW = Path("data/raw")
 PACKAGES = "python-packages"
@@ -87,17 +87,18 @@ def fetch(name: str, dataset, scan: Scan, wanted: int) -> dict:
     }
 
 
-def main() -> None:
-    p = params.load("download")
+def download(p: params.Params, spools: ExitStack) -> None:
+    """spools: keeps what is fetched until the whole stage has ended well, and from other runs."""
     data, preference = p.data, p.preference
     metrics: dict = {}
     tokenizer = AutoTokenizer.from_pretrained("models/base")
-    spools: list[Path] = []
+    held: set[Path] = set()
 
     def open_source(uris: list[str], make, fraction: float, count: int | None, *options):
         if PACKAGES not in uris:
-            spools.append(scratch("download", {"source": uris}, []))
-            return sources.open_dataset(uris, spools[-1])
+            if (spool := scratch("download", {"source": uris}, [])) not in held:
+                held.add(spools.enter_context(owned(spool)))
+            return sources.open_dataset(uris, spool)
         if count is None:
             raise params.ParamsError(f"profiles: the source {PACKAGES} needs the key rows")
         return PythonPackages(make, data.packages, data.test_fraction, fraction, count, *options)
@@ -113,8 +114,12 @@ def main() -> None:
     if isinstance(dataset, PythonPackages):
         metrics["python_packages"] = dataset.summary()
     write_json(Path("reports/data/download.json"), metrics)
-    for spool in spools:
-        shutil.rmtree(spool, ignore_errors=True)
+
+
+def main() -> None:
+    p = params.load("download")
+    with ExitStack() as spools:
+        download(p, spools)
 
 
 if __name__ == "__main__":

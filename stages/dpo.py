@@ -4,7 +4,6 @@ The reference is the arm's own model before the stage; its log-probabilities are
 on in policy and reference of the DSA arm.
 """
 
-import shutil
 import sys
 from itertools import islice
 from pathlib import Path
@@ -22,8 +21,8 @@ from dsa.evaluation import greedy
 from dsa.preference import DSADPOTrainer, as_dataset, score_pair
 from dsa.training import freeze
 from stages import params
-from stages.common import measured, read_rows, scratch, write_json
-from stages.training import first_and_last, run, trainer_options, use_all_cores, write_curve
+from stages.common import measured, owned, read_rows, write_json
+from stages.training import checkpoints, first_and_last, run, trainer_options, use_all_cores, write_curve
 
 PAIRS = Path("data/pairs")
 LOGGED = ("loss", "rewards/accuracies", "rewards/margins", "kl", "learning_rate", "grad_norm")
@@ -43,13 +42,10 @@ def on_disk(pairs: list[dict], folder: Path) -> Dataset:
     return Dataset.load_from_disk(folder)
 
 
-def main(arm: str) -> None:
-    p = params.load(f"dpo@{arm}")
+def optimise(arm: str, p: params.Params, folder: Path) -> None:
+    """Train the arm's model and score it on the held-out pairs. folder: of checkpoints, and of the pairs."""
     dpo, source = p.dpo, Path("models") / arm
-    use_all_cores()
     metrics: dict = {}
-    settings = dpo.model_dump() | {"seed": p.seed, "max_length": p.preference.max_length}
-    folder = scratch(f"dpo-{arm}", settings, [PAIRS, source])
     with measured(metrics):
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = Qwen2DSAForCausalLM.from_pretrained(source, dtype="float32")
@@ -72,9 +68,7 @@ def main(arm: str) -> None:
             eval_dataset=None,
             processing_class=tokenizer,
         )
-        examples = trainer.train_dataset
-        lengths = [2 * len(e["prompt_ids"]) + len(e["chosen_ids"]) + len(e["rejected_ids"]) for e in examples]
-        result = run(trainer, folder, dpo.batch_size * sum(lengths) / len(lengths))
+        result = run(trainer, folder)
         if not trainer.is_world_process_zero():
             return
         reference = Qwen2DSAForCausalLM.from_pretrained(source, dtype="float32").eval().to(model.device)
@@ -109,7 +103,7 @@ def main(arm: str) -> None:
         unit=np.unique(units, return_inverse=True)[1],
     )
     metrics |= {
-        "pairs": len(pairs),
+        "pairs": len(trainer.train_dataset),  # TRL drops those whose answers do not fit
         "held_out_pairs": len(scores),
         **result,
         "reward_accuracy": round(float((margins > 0).mean()), 4),
@@ -118,7 +112,13 @@ def main(arm: str) -> None:
         "generations": samples,
     }
     write_json(Path(f"reports/dpo/{arm}.json"), metrics)
-    shutil.rmtree(folder, ignore_errors=True)
+
+
+def main(arm: str) -> None:
+    p = params.load(f"dpo@{arm}")
+    use_all_cores()
+    with owned(checkpoints(f"dpo@{arm}")) as folder:
+        optimise(arm, p, folder)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dsa import sources
 from stages import check, params
-from stages.common import measured, scratch, write_json
+from stages.common import measured, owned, scratch, write_json
 
 OUT = Path("models/base")
 
@@ -13,7 +13,7 @@ def main() -> None:
     p = params.load("model").model
     metrics: dict = {}
     spool = scratch("model", {"source": p.source}, [])
-    with measured(metrics), params.one_line(sources.SourceError):
+    with owned(spool), measured(metrics), params.one_line(sources.SourceError):
         metrics |= sources.fetch_model(p.source, OUT, spool)
     for name, wanted in p.sha256.items():
         if (found := metrics["files"].get(name, {}).get("sha256")) != wanted:

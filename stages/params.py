@@ -4,9 +4,12 @@
 An unknown key, a wrong type or a value out of range ends a stage with one line that names the key.
 """
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -236,23 +239,40 @@ def read(path: Path) -> dict:
     return content
 
 
-def declared(stage: str, profile: str, root: Path = Path()) -> set[str]:
-    """The param keys that dvc.yaml declares for a stage, or for "name@item" of a foreach stage."""
+def entry(stage: str, profile: str, root: Path = Path()) -> dict:
+    """A stage of dvc.yaml, or "name@item" of a foreach stage, as DVC resolves it for a profile."""
     name, _, item = stage.partition("@")
-    entry = read(root / "dvc.yaml")["stages"][name]
-    entries = entry["do"]["params"] if item else entry["params"]
+    content = read(root / "dvc.yaml")["stages"][name]
+    values = {"profile": profile}
     if item:
-        knob = entry["foreach"][item]["knob"]
-        entries = [knob if e == "${item.knob}" else e for e in entries]
+        values |= {"key": item} | {f"item.{field}": value for field, value in content["foreach"][item].items()}
+        content = content["do"]
+    text = json.dumps(content)
+    for field, value in values.items():
+        text = text.replace(f"${{{field}}}", value)
+    return json.loads(text)
+
+
+def declared(stage: str, profile: str, root: Path = Path()) -> set[str]:
+    """The param keys that dvc.yaml declares for a stage."""
     keys = set()
-    for entry in entries:
-        if isinstance(entry, str):
-            keys.add(entry)
+    for item in entry(stage, profile, root)["params"]:
+        if isinstance(item, str):
+            keys.add(item)
         else:
-            ((file, names),) = entry.items()
-            if file.replace("${profile}", profile) == f"profiles/{profile}.yaml":
-                keys.update(names or read(root / f"profiles/{profile}.yaml"))
+            ((file, names),) = item.items()
+            if file == f"profiles/{profile}.yaml":
+                keys.update(names or read(root / file))
     return keys
+
+
+def dependencies(stage: str, root: Path = Path()) -> dict:
+    """What DVC counts as the dependencies of a stage: {"cmd": ..., "deps": paths, "params": values by key}."""
+    params = load(root=root)
+    found, values = entry(stage, params.profile, root), params.model_dump()
+    keys = sorted(declared(stage, params.profile, root))
+    values = {key: reduce(getitem, key.split("."), values) for key in keys}
+    return {"cmd": found["cmd"], "deps": found["deps"], "params": values}
 
 
 def merge(knobs: dict, scale: dict, file: str, prefix: str = "") -> dict:

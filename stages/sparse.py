@@ -21,7 +21,7 @@ def main() -> None:
         p.sparse,
         seed=p.seed,
         max_length=p.data.max_length,
-        inputs=[warm],
+        source=warm,
         out=Path("models/dsa"),
         indexer_learning_rate=p.sparse.indexer_learning_rate,
     )

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 from dsa.data import Collator, encode, end_ids, messages_of, render
 from dsa.modeling import Qwen2DSAForCausalLM
 from dsa.training import DSATrainer, MassProbe, Rows, TokenProgress, supports_bf16
-from stages.common import measured, read_rows, scratch, write_json
-from stages.params import ParamsError, Training
+from stages.common import measured, owned, read_rows, scratch, versions, write_json
+from stages.params import ParamsError, Training, dependencies
 
 LONG = Path("data/long")
 CHECKPOINTS = 5  # a run
@@ -45,6 +45,14 @@ def use_all_cores() -> None:
     if not torch.cuda.is_available():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def checkpoints(stage: str) -> Path:
+    """The folder of a stage's checkpoints. A rerun finds them if nothing has changed that DVC counts as a dependency,
+    nor what it does not see: the libraries, and the precision, which is this machine's."""
+    counted = dependencies(stage)
+    settings = counted | {"versions": versions(), "bf16": supports_bf16()}
+    return scratch(stage.replace("@", "-"), settings, map(Path, counted["deps"]))
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -82,10 +90,14 @@ def trainer_options(section: Training, folder: Path, seed: int) -> dict:
         "bf16": supports_bf16(),
         "activation_checkpointing": section.gradient_checkpointing,
         "logging_steps": 1,
+        "include_num_input_tokens_seen": "non_padding",
         "save_steps": max(1, section.steps // CHECKPOINTS),
         "save_total_limit": 2,
         # Every trained parameter is used in every step; a search would miss an indexer whose loss leaves no output.
         "ddp_find_unused_parameters": False,
+        # No batch is cut short (WholeBatches). It also keeps accelerate from taking the last rows for repeated ones,
+        # as it does by the number of rows where their last epoch is not whole.
+        "dataloader_drop_last": True,
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "disable_tqdm": False,
@@ -93,18 +105,19 @@ def trainer_options(section: Training, folder: Path, seed: int) -> dict:
     }
 
 
-def run(trainer: Trainer, folder: Path, tokens_per_step: float) -> dict:
+def run(trainer: Trainer, folder: Path) -> dict:
     """Train, from the last checkpoint in `folder` if there is one. Returns the run's metrics."""
     trainer.pop_callback(next(c for c in trainer.callback_handler.callbacks if "Progress" in type(c).__name__))
-    trainer.add_callback(TokenProgress(tokens_per_step))
-    steps, resumed_at, seconds = trainer.args.max_steps, 0, 0.0
-    if steps > 0:  # 0 is no limit to the Trainer
+    trainer.add_callback(progress := TokenProgress())
+    tokens_per_second = resumed_at = 0
+    if trainer.args.max_steps > 0:  # 0 is no limit to the Trainer
         checkpoint = last_checkpoint(folder)
         resumed_at = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
         seconds = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
+        tokens_per_second = round((trainer.state.num_input_tokens_seen - progress.tokens_before) / seconds)
     return {
-        "tokens": round(steps * tokens_per_step),
-        "tokens_per_second": round((steps - resumed_at) * tokens_per_step / seconds) if seconds else 0,
+        "tokens": trainer.state.num_input_tokens_seen,
+        "tokens_per_second": tokens_per_second,
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "resumed_at_step": resumed_at,
         "precision": "bfloat16 autocast" if trainer.args.bf16 else "float32",
@@ -127,44 +140,42 @@ def train(
     *,
     seed: int,
     max_length: int,
-    inputs: list[Path],
+    source: Path,
     out: Path,
     indexer_learning_rate: float | None = None,
 ) -> None:
     """Train what of `model` is not frozen on data/long, and write `out` and reports/train/<stage>.{json,csv}.
 
-    A run that was killed goes on from its last checkpoint.
+    A run that was killed goes on from its last checkpoint. source: the folder of the model that `model` was made from.
     """
     metrics: dict = {}
     use_all_cores()
-    settings = section.model_dump() | {"seed": seed, "max_length": max_length, "model": model.config.to_dict()}
-    folder = scratch(stage, settings, [LONG, *inputs])
-    with measured(metrics):
-        tokenizer = AutoTokenizer.from_pretrained(inputs[0])
-        model.generation_config.eos_token_id = end_ids(tokenizer)
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
-        rows = examples(tokenizer, LONG / "train.jsonl.gz", max_length)
-        held_out = examples(tokenizer, LONG / "test.jsonl.gz", max_length)
-        trainer = DSATrainer(
-            model,
-            TrainingArguments(**trainer_options(section, folder, seed)),
-            train_dataset=Rows(rows),
-            data_collator=Collator(tokenizer.pad_token_id),
-            indexer_learning_rate=indexer_learning_rate,
-        )
-        if trainer.trains_indexer:
-            trainer.add_callback(MassProbe(held_out[0], every=max(1, section.steps // 10)))
-        tokens = section.batch_size * sum(len(row["input_ids"]) for row in rows) / len(rows)
-        result = run(trainer, folder, tokens)
-    if not trainer.is_world_process_zero():
-        return
-    trainer.model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    curve = write_curve(trainer.state.log_history, Path(f"reports/train/{stage}.csv"), LOGGED)
-    metrics |= {"rows": section.steps * section.batch_size} | result | first_and_last(curve)
-    write_json(Path(f"reports/train/{stage}.json"), metrics)
-    shutil.rmtree(folder, ignore_errors=True)
-    gc.collect()
+    with owned(checkpoints(stage)) as folder:
+        with measured(metrics):
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model.generation_config.eos_token_id = end_ids(tokenizer)
+            model.generation_config.pad_token_id = tokenizer.pad_token_id
+            rows = examples(tokenizer, LONG / "train.jsonl.gz", max_length)
+            held_out = examples(tokenizer, LONG / "test.jsonl.gz", max_length)
+            trainer = DSATrainer(
+                model,
+                TrainingArguments(**trainer_options(section, folder, seed)),
+                train_dataset=Rows(rows),
+                data_collator=Collator(tokenizer.pad_token_id),
+                indexer_learning_rate=indexer_learning_rate,
+            )
+            if trainer.trains_indexer:
+                trainer.add_callback(MassProbe(held_out[0], every=max(1, section.steps // 10)))
+            result = run(trainer, folder)
+        if not trainer.is_world_process_zero():
+            return
+        trainer.model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        curve = write_curve(trainer.state.log_history, Path(f"reports/train/{stage}.csv"), LOGGED)
+        rows_seen = sum(log.get("rows", 0) for log in trainer.state.log_history)
+        metrics |= {"rows": round(rows_seen)} | result | first_and_last(curve)
+        write_json(Path(f"reports/train/{stage}.json"), metrics)
+        gc.collect()
 
 
 def write_curve(history: list[dict], path: Path, logged: tuple[str, ...]) -> pd.DataFrame:

@@ -26,9 +26,7 @@ def main() -> None:
         dtype="float32",
     )
     freeze(model, backbone=True, indexer=False)
-    train(
-        "warmup", model, p.warmup, seed=p.seed, max_length=p.data.max_length, inputs=[base], out=Path("models/warmup")
-    )
+    train("warmup", model, p.warmup, seed=p.seed, max_length=p.data.max_length, source=base, out=Path("models/warmup"))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,7 @@ def main() -> None:
     check.experiment()
     base = Path("models/base")
     model = from_dense(base, topk=p.topk, n_heads=0, head_dim=4, selector="window", dtype="float32")
-    train(
-        "window", model, p.sparse, seed=p.seed, max_length=p.data.max_length, inputs=[base], out=Path("models/window")
-    )
+    train("window", model, p.sparse, seed=p.seed, max_length=p.data.max_length, source=base, out=Path("models/window"))
 
 
 if __name__ == "__main__":

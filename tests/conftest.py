@@ -11,8 +11,7 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
 
-@pytest.fixture
-def dense_model() -> Qwen2ForCausalLM:
+def small_model() -> Qwen2ForCausalLM:
     """A small random Qwen2 with grouped queries and weights large enough for attention to have opinions."""
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -31,6 +30,11 @@ def dense_model() -> Qwen2ForCausalLM:
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
     )
     return Qwen2ForCausalLM(config).eval()
+
+
+@pytest.fixture
+def dense_model() -> Qwen2ForCausalLM:
+    return small_model()
 
 
 def corpus_model(**changes) -> Qwen2ForCausalLM:

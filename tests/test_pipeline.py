@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from stages import params
 from tests.conftest import ROOT
 
 BIN = Path(sys.executable).parent
@@ -97,17 +98,9 @@ def downstream(stages, changed):
 
 def resolved(clone):
     """dvc.yaml with its foreach stages spelled out."""
-    stages = {}
-    for name, stage in yaml.safe_load((clone / "dvc.yaml").read_text())["stages"].items():
-        if "foreach" not in stage:
-            stages[name] = stage
-            continue
-        for key, item in stage["foreach"].items():
-            text = json.dumps(stage["do"]).replace("${key}", key)
-            for field, value in item.items():
-                text = text.replace("${item." + field + "}", value)
-            stages[f"{name}@{key}"] = json.loads(text)
-    return stages
+    stages = yaml.safe_load((clone / "dvc.yaml").read_text())["stages"]
+    names = [f"{name}@{item}" if item else name for name in stages for item in stages[name].get("foreach", [None])]
+    return {name: params.entry(name, "cpu", clone) for name in names}
 
 
 def test_topk_reruns_what_uses_it_and_nothing_else(clone):
@@ -177,8 +170,8 @@ def test_an_unknown_param_is_refused(clone, no_identity):
 def smoke(clone, no_identity):
     """The whole pipeline, killed hard once in the middle of sparse training."""
     run(["git", "checkout", "-q", "."], clone)
-    params = yaml.safe_load((clone / "params.yaml").read_text())
-    (clone / "params.yaml").write_text(yaml.safe_dump(params | {"profile": "smoke"}))
+    knobs = yaml.safe_load((clone / "params.yaml").read_text())
+    (clone / "params.yaml").write_text(yaml.safe_dump(knobs | {"profile": "smoke"}))
     shutil.rmtree(clone / "reports", ignore_errors=True)
     (clone / "dvc.lock").unlink(missing_ok=True)
     run(["dvc", "repro", "evaluate@dense", "warmup"], clone, **no_identity)

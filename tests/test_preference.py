@@ -1,6 +1,7 @@
 """DPO under TRL: the loss is the brief's, the forward is the DSA one, what is frozen stays frozen."""
 
 import copy
+from collections import Counter
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -14,9 +15,11 @@ from dsa.data import pair_of, tokenize_pair
 from dsa.modeling import Qwen2DSAAttention
 from dsa.preference import DSADPOTrainer, answer_log_probs, as_dataset, score_pair
 from dsa.training import freeze
+from stages import training
 from stages.dpo import on_disk
 from stages.params import ParamsError
 from tests.conftest import ROOT, error_ratio
+from tests.test_epochs import fed
 
 BETA = 0.3
 PAIRS = [
@@ -52,7 +55,7 @@ def pairs(count=4):
     return [pair_of(row) for row in rows][:count]
 
 
-def trainer(model, tokenizer, tmp_path, steps=2, max_length=512, indexer_learning_rate=None, **options):
+def trainer(model, tokenizer, tmp_path, steps=2, max_length=512, indexer_learning_rate=None, count=4, **options):
     config = DPOConfig(
         output_dir=str(tmp_path),
         max_steps=steps,
@@ -66,7 +69,7 @@ def trainer(model, tokenizer, tmp_path, steps=2, max_length=512, indexer_learnin
         logging_steps=1,
         save_strategy="no",
         report_to="none",
-        disable_tqdm=True,
+        disable_tqdm=False,
         dataloader_pin_memory=False,
         activation_checkpointing=False,
         **options,
@@ -74,7 +77,7 @@ def trainer(model, tokenizer, tmp_path, steps=2, max_length=512, indexer_learnin
     return DSADPOTrainer(
         model,
         args=config,
-        train_dataset=as_dataset(pairs()),
+        train_dataset=as_dataset(pairs(count)),
         processing_class=tokenizer,
         indexer_learning_rate=indexer_learning_rate,
     )
@@ -180,6 +183,17 @@ def test_sparse_attention_is_on_in_policy_and_reference(model, tokenizer, tmp_pa
         with torch.no_grad():
             losses.append(dpo.compute_loss(model.eval(), batch).item())
     assert losses[0] != losses[1]
+
+
+def test_a_batch_of_pairs_stays_whole_where_an_epoch_ends_within_it(model, tokenizer, tmp_path):
+    freeze(model, backbone=False, indexer=True)
+    dpo = trainer(model, tokenizer, tmp_path, steps=3, count=3, include_num_input_tokens_seen="non_padding")
+    seen = fed(dpo)
+    result = training.run(dpo, tmp_path)
+    assert [len(rows) for rows in seen] == [2 * 2] * 3  # a chosen and a rejected answer for each of two pairs
+    dealt = Counter(length for rows in seen for length in rows)
+    assert sum(n * length for length, n in dealt.items()) == result["tokens"]
+    assert set(dealt.values()) <= {2, 4}
 
 
 def test_pairs_are_tokenised_as_trl_does(model, tokenizer, tmp_path):

@@ -310,7 +310,7 @@ def test_no_steps_of_training_change_nothing(dense_model, tmp_path):
     options = TrainingArguments(**training.trainer_options(section, tmp_path / "scratch", seed=0))
     row = {"input_ids": [5] * 9, "labels": [5] * 9}
     trainer = DSATrainer(model, options, train_dataset=Rows([row]), data_collator=Collator(0))
-    result = training.run(trainer, tmp_path / "scratch", tokens_per_step=9.0)
+    result = training.run(trainer, tmp_path / "scratch")
     assert result["tokens"] == result["tokens_per_second"] == 0 and result["trained_parameters"] > 0
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     curve = training.write_curve(trainer.state.log_history, tmp_path / "curve.csv", training.LOGGED)

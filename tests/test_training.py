@@ -24,7 +24,7 @@ def examples(count=8):
     return rows
 
 
-def train(model, tmp_path, micro=4, accumulate=1, steps=2, callbacks=(), **kwargs):
+def trainer_for(model, tmp_path, micro=4, accumulate=1, steps=2, rows=8, callbacks=(), save_steps=None, **kwargs):
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
         max_steps=steps,
@@ -32,17 +32,22 @@ def train(model, tmp_path, micro=4, accumulate=1, steps=2, callbacks=(), **kwarg
         gradient_accumulation_steps=accumulate,
         learning_rate=1e-2,
         logging_steps=1,
-        save_strategy="no",
+        save_strategy="steps" if save_steps else "no",
+        save_steps=save_steps or 1,
+        include_num_input_tokens_seen="non_padding",
         use_cpu=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         report_to="none",
-        disable_tqdm=True,
+        disable_tqdm=False,
         seed=3,
     )
-    trainer = DSATrainer(
-        model, arguments, train_dataset=Rows(examples()), data_collator=Collator(0), callbacks=list(callbacks), **kwargs
-    )
+    kwargs |= {"train_dataset": Rows(examples(rows)), "data_collator": Collator(0), "callbacks": list(callbacks)}
+    return DSATrainer(model, arguments, **kwargs)
+
+
+def train(*args, **kwargs):
+    trainer = trainer_for(*args, **kwargs)
     trainer.train()
     return trainer
 

@@ -1,0 +1,149 @@
+"""Which checkpoint a rerun goes on from, and that no two runs write it."""
+
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from stages import common, dense, download, dpo, model, params
+from stages.training import checkpoints
+from tests.conftest import ROOT
+
+TRAINED = ["dense", "warmup", "sparse", "window", "dpo@dense", "dpo@dsa"]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """The project's own files, with a file in each folder that a stage would have made."""
+    for name in ("params.yaml", "dvc.yaml", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for name in ("dsa", "stages", "profiles"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for stage in TRAINED:
+        for name in params.dependencies(stage, tmp_path)["deps"]:
+            if not (path := tmp_path / name).exists():
+                path.mkdir(parents=True)
+                (path / "part").write_bytes(b"0")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_a_checkpoint_of_other_code_data_or_libraries_is_not_continued(project, stage, monkeypatch):
+    """torchforge #631: what a dependency of dvc.yaml changes is another run's."""
+    first = checkpoints(stage)
+    for name in params.dependencies(stage)["deps"]:
+        path = next(p for p in (Path(name), *sorted(Path(name).rglob("*"))) if p.is_file())
+        before = path.read_bytes()
+        path.write_bytes(before + b"#")
+        assert checkpoints(stage) != first, path
+        path.write_bytes(before)
+    edited = Path("profiles/cpu.yaml").read_text().replace("learning_rate: ", "learning_rate: 1")
+    Path("profiles/cpu.yaml").write_text(edited)
+    assert checkpoints(stage) != first
+    shutil.copy(ROOT / "profiles/cpu.yaml", "profiles/cpu.yaml")
+    assert checkpoints(stage) == first
+    monkeypatch.setattr(common, "version", lambda name: "0" if name == "transformers" else "1")
+    older = checkpoints(stage)
+    monkeypatch.setattr(common, "version", lambda name: "1")
+    assert first != older != checkpoints(stage) != first
+
+
+def test_what_a_stage_does_not_depend_on_keeps_its_checkpoint(project):
+    first = {stage: checkpoints(stage) for stage in TRAINED}
+    Path("stages/report.py").write_text("")
+    Path("dsa/kernels/__pycache__").mkdir()
+    Path("dsa/kernels/__pycache__/select.pyc").write_bytes(b"made by the first run")
+    knobs = Path("params.yaml").read_text()
+    Path("params.yaml").write_text(knobs.replace("topk: 256", "topk: 128"))
+    changed = {stage for stage in TRAINED if checkpoints(stage) != first[stage]}
+    assert changed == {"sparse", "window"}
+
+
+def test_a_checkpoint_of_another_precision_is_not_continued(project, monkeypatch):
+    """The scratch folder of a cluster is seen by machines with and without bfloat16."""
+    names = []
+    for supported in (True, False):
+        monkeypatch.setattr("stages.training.supports_bf16", lambda supported=supported: supported)
+        names.append(checkpoints("dense"))
+    assert names[0] != names[1]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from stages.common import owned
+
+with owned(Path(sys.argv[1])) as folder:
+    (folder / "checkpoint").write_text("half of it")
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@contextmanager
+def held_by_another_run(folder):
+    run = subprocess.Popen([sys.executable, "-c", HOLD, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert run.stdout.readline() == "held\n"
+        yield run.pid
+    finally:
+        run.kill()
+        run.wait()
+        run.stdout.close()
+
+
+def test_a_second_run_does_not_touch_what_another_is_writing(tmp_path):
+    folder = tmp_path / "scratch/dense-0"
+    with held_by_another_run(folder) as pid:
+        with (
+            pytest.raises(
+                params.ParamsError, match=f"DSA_SCRATCH: process {pid} on .* is at work in {folder}"
+            ) as error,
+            common.owned(folder),
+        ):
+            pytest.fail("two owners")
+        assert len(str(error.value).splitlines()) == 1
+        assert (folder / "checkpoint").read_text() == "half of it"
+    with common.owned(folder):  # which a kill has freed
+        assert (folder / "checkpoint").exists()
+    assert not list(folder.parent.iterdir())
+
+
+def test_a_run_that_fails_leaves_its_scratch_folder_to_the_next(tmp_path):
+    folder = tmp_path / "dense-0"
+    with pytest.raises(ZeroDivisionError), common.owned(folder):
+        (folder / "checkpoint").write_text("")
+        _ = 1 / 0
+    with common.owned(folder):
+        assert (folder / "checkpoint").exists()
+
+
+def test_the_other_processes_of_a_run_share_its_folder(tmp_path, monkeypatch):
+    with common.owned(tmp_path / "dense-0") as folder:
+        monkeypatch.setenv("RANK", "1")
+        with common.owned(folder):
+            pass
+        assert folder.is_dir()
+
+
+def test_every_stage_with_a_scratch_folder_holds_it(project, tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("DSA_SCRATCH", str(tmp_path_factory.mktemp("scratch")))
+    uri = "hf://datasets/owner/name/rows.jsonl"
+    profile = Path("profiles/cpu.yaml")
+    profile.write_text(profile.read_text().replace("source: python-packages", f"source: {uri}"))
+    shutil.rmtree("models/base")
+    shutil.copytree(ROOT / "data/base", "models/base")
+    p = params.load()
+    starts = {
+        common.scratch("model", {"source": p.model.source}, []): model.main,
+        common.scratch("download", {"source": [uri]}, []): download.main,
+        checkpoints("dense"): dense.main,
+        checkpoints("dpo@dsa"): lambda: dpo.main("dsa"),
+    }
+    for folder, start in starts.items():
+        with common.owned(folder), pytest.raises(params.ParamsError, match=f"at work in {folder}"):
+            start()
