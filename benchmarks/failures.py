@@ -21,8 +21,8 @@ from benchmarks.common import interval, plain, write
 from benchmarks.failures_report import write_report
 from benchmarks.probes import MissedKeys, QueryStatistics, losses
 from dsa import Qwen2DSAForCausalLM
-from dsa.data import IGNORE
-from dsa.evaluation import attention_mass, observe_dense
+from dsa.data.rows import IGNORE
+from dsa.evaluation.predictions import attention_mass, observe_dense
 from stages.common import device_name, read_rows
 from stages.evaluate import is_lookup
 from stages.report import git_commit

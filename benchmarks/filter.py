@@ -16,8 +16,8 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from dsa.data import BadRow, messages_of
-from dsa.scan import LongRows, parse
+from dsa.data.rows import BadRow, messages_of
+from dsa.data.scan import LongRows, parse
 from stages.common import device_name, write_json
 
 

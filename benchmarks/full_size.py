@@ -22,7 +22,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from dsa import from_dense
-from dsa.training import freeze, supports_bf16
+from dsa.training.trainer import freeze, supports_bf16
 from stages.common import device_name, write_json
 
 STAGES = ("dense", "warmup", "sparse")

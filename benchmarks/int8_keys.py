@@ -14,8 +14,8 @@ import torch
 from transformers import AutoTokenizer
 
 from dsa import Qwen2DSAForCausalLM, index_scores, select_topk
-from dsa.data import IGNORE
-from dsa.evaluation import attention_mass, observe_dense, predict
+from dsa.data.rows import IGNORE
+from dsa.evaluation.predictions import attention_mass, observe_dense, predict
 from dsa.indexer import pack_int8
 from dsa.masks import membership
 from stages.common import write_json

@@ -28,9 +28,9 @@ from transformers import AutoTokenizer
 from benchmarks.common import interval, plain, write
 from benchmarks.long_context_report import write_report
 from dsa import Qwen2DSAForCausalLM
-from dsa.corpus import separate, source_files
-from dsa.needles import DOCSTRING, SENTENCE, Form, Haystack, published, score, token_losses
-from dsa.retrieval import Lookup
+from dsa.data.corpus import separate, source_files
+from dsa.evaluation.lookups import Lookup
+from dsa.evaluation.needles import DOCSTRING, SENTENCE, Form, Haystack, published, score, token_losses
 from stages import params
 from stages.common import device_name, read_rows
 from stages.report import git_commit

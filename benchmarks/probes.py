@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from dsa import Qwen2DSAForCausalLM, index_scores, select_topk
-from dsa.evaluation import predict
+from dsa.evaluation.predictions import predict
 from dsa.masks import Slab, membership
 from dsa.reference import MASKED, attention_logits, attention_target
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from dsa.indexer import SCALE_BYTES
-from dsa.training import supports_bf16
+from dsa.training.trainer import supports_bf16
 from stages import cost, params
 from stages.common import measured, write_json
 from stages.cost import Shape

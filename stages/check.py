@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 from dsa import ablations
 from dsa.convert import config_of
-from dsa.data import END_OF_TURN
-from dsa.retrieval import lookups
+from dsa.data.rows import END_OF_TURN
+from dsa.evaluation.lookups import lookups
 from stages import params
 from stages.evaluate import RETRIEVAL_SEED
 from stages.training import split_batch

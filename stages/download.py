@@ -16,8 +16,8 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from dsa import corpus, sources
-from dsa.scan import LongRows, Pairs, Scan, TooManyBadRows
+from dsa.data import corpus, sources
+from dsa.data.scan import LongRows, Pairs, Scan, TooManyBadRows
 from stages import params
 from stages.common import line_writer, measured, owned, scratch, write_json
 
@@ -33,7 +33,7 @@ def separated(packages: tuple[str, ...], test_fraction: float) -> tuple[list, li
 
 
 class PythonPackages:
-    """A "hub" without a network, with the face of `dsa.sources.Dataset`."""
+    """A "hub" without a network, with the face of `dsa.data.sources.Dataset`."""
 
     def __init__(self, make, packages: list[str], file_fraction: float, row_fraction: float, count: int, *options):
         self.uri, self.revision, self.files, self.fetched_bytes = PACKAGES, None, [], 0

@@ -16,10 +16,10 @@ from transformers import AutoTokenizer
 from trl import DPOConfig
 
 from dsa import Qwen2DSAForCausalLM
-from dsa.data import prompt_key, tokenize_pair
-from dsa.evaluation import greedy
-from dsa.preference import DSADPOTrainer, as_dataset, score_pair
-from dsa.training import freeze
+from dsa.data.rows import prompt_key, tokenize_pair
+from dsa.evaluation.predictions import greedy
+from dsa.training.dpo import DSADPOTrainer, as_dataset, score_pair
+from dsa.training.trainer import freeze
 from stages import params
 from stages.common import measured, owned, read_rows, write_json
 from stages.training import checkpoints, first_and_last, run, trainer_options, use_all_cores, write_curve

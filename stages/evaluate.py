@@ -14,8 +14,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from dsa import Qwen2DSAForCausalLM
-from dsa.data import END_OF_TURN, IGNORE
-from dsa.evaluation import (
+from dsa.data.rows import END_OF_TURN, IGNORE
+from dsa.evaluation.lookups import lookups, right_tokens
+from dsa.evaluation.predictions import (
     Heatmap,
     Predictions,
     answer_spans,
@@ -26,7 +27,6 @@ from dsa.evaluation import (
     observe_dense,
     predict,
 )
-from dsa.retrieval import lookups, right_tokens
 from stages import params
 from stages.common import measured, read_rows, write_json
 from stages.training import examples

@@ -11,8 +11,8 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from dsa.data import messages_of, prompt_key, split_of
-from dsa.scan import Kept, LongRows, Scan, TooManyBadRows
+from dsa.data.rows import messages_of, prompt_key, split_of
+from dsa.data.scan import Kept, LongRows, Scan, TooManyBadRows
 from stages import params
 from stages.common import measured, read_lines, write_json, write_rows
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dsa import sources
+from dsa.data import sources
 from stages import check, params
 from stages.common import measured, owned, scratch, write_json
 

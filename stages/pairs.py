@@ -6,8 +6,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from dsa.data import prompt_key
-from dsa.scan import Pairs, TooManyBadRows
+from dsa.data.rows import prompt_key
+from dsa.data.scan import Pairs, TooManyBadRows
 from stages import params
 from stages.common import measured, write_json
 from stages.filter import select

@@ -48,7 +48,7 @@ def only_in(*places: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-# URIs of dsa/sources.py, tried in order; a single one needs no brackets.
+# URIs of dsa/data/sources.py, tried in order; a single one needs no brackets.
 Sources = Annotated[
     list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value), Field(min_length=1)
 ]

@@ -14,9 +14,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments
 
-from dsa import corpus
-from dsa.corpus import SourceFile
-from dsa.data import encode, messages_of, render
+from dsa.data import corpus
+from dsa.data.corpus import SourceFile
+from dsa.data.rows import encode, messages_of, render
 from stages import params as params_module
 from stages.params import Phase, Pretrain
 

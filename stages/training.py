@@ -10,9 +10,9 @@ import pandas as pd
 import torch
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
-from dsa.data import Collator, encode, end_ids, messages_of, render
+from dsa.data.rows import Collator, encode, end_ids, messages_of, render
 from dsa.modeling import Qwen2DSAForCausalLM
-from dsa.training import DSATrainer, MassProbe, Rows, TokenProgress, supports_bf16
+from dsa.training.trainer import DSATrainer, MassProbe, Rows, TokenProgress, supports_bf16
 from stages.common import measured, owned, read_rows, scratch, versions, write_json
 from stages.params import ParamsError, Training, dependencies
 

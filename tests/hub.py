@@ -1,4 +1,4 @@
-"""A local server that speaks as much of the Hugging Face and ModelScope protocols as dsa.hubs uses.
+"""A local server that speaks as much of the Hugging Face and ModelScope protocols as dsa.data.hubs uses.
 
     with Hub() as hub:
         hub.add("dataset", "owner/name", {"a.jsonl": b"..."})

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from dsa import corpus
-from dsa.corpus import SourceFile
-from dsa.data import messages_of, split_of
+from dsa.data import corpus
+from dsa.data.corpus import SourceFile
+from dsa.data.rows import messages_of, split_of
 
 SOURCE = '''"""A module."""
 LIMIT = 4096

@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
-from dsa import counting
-from dsa.counting import LETTERS, LONGEST, NO_LETTERS, NO_SPACE, PUNCTUATION, TokenCounter
+from dsa.data import counting
+from dsa.data.counting import LETTERS, LONGEST, NO_LETTERS, NO_SPACE, PUNCTUATION, TokenCounter
 from tests.conftest import ROOT, SHARED
 
 QWEN = SHARED / "data/qwen2.5-0.5b"

@@ -1,7 +1,7 @@
 import pytest
 from transformers import AutoTokenizer
 
-from dsa.data import IGNORE, BadRow, Collator, encode, messages_of, render, split_of
+from dsa.data.rows import IGNORE, BadRow, Collator, encode, messages_of, render, split_of
 from tests.conftest import ROOT, SHARED
 
 ROW = {

@@ -1,8 +1,8 @@
 import torch
 
 from dsa import from_dense
-from dsa.data import IGNORE
-from dsa.evaluation import answer_spans, attention_mass, correct, evidence_distance, predict
+from dsa.data.rows import IGNORE
+from dsa.evaluation.predictions import answer_spans, attention_mass, correct, evidence_distance, predict
 from dsa.reference import attention_target
 from stages.evaluate import selection
 
@@ -50,8 +50,8 @@ def test_mass_of_a_perfect_indexer_is_the_oracles(dense_model, ids, monkeypatch)
         seen["p"] = attention_target(*args)
         return seen["p"]
 
-    monkeypatch.setattr("dsa.evaluation.attention_target", target)
-    monkeypatch.setattr("dsa.evaluation.index_scores", perfect)
+    monkeypatch.setattr("dsa.evaluation.predictions.attention_target", target)
+    monkeypatch.setattr("dsa.evaluation.predictions.index_scores", perfect)
     best = attention_mass(model, ids, 6)
     assert best["mass"] == best["oracle_mass"] and best["recall"] == [1.0] * 3
 

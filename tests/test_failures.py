@@ -15,7 +15,7 @@ from benchmarks.failures import decomposition, distribution, quarters
 from benchmarks.failures_report import block, code, verdict, write_report
 from benchmarks.probes import MissedKeys, QueryStatistics, losses, sparse_in
 from dsa import from_dense, index_scores
-from dsa.evaluation import attention_mass, observe_dense
+from dsa.evaluation.predictions import attention_mass, observe_dense
 from dsa.reference import attention_logits
 from stages.common import write_rows
 from stages.statistics import Predictions

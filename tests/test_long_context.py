@@ -15,8 +15,8 @@ from benchmarks import long_context
 from benchmarks.long_context import DEPTHS, Item, documents, extrapolation, published_items, summary
 from benchmarks.long_context_report import side, verdict, write_report
 from dsa import from_dense
-from dsa.needles import token_losses
-from dsa.retrieval import Lookup
+from dsa.evaluation.lookups import Lookup
+from dsa.evaluation.needles import token_losses
 from stages.common import write_rows
 from tests.conftest import ROOT, SHARED, corpus_model
 

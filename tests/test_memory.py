@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.full_size import peak_of_process
 from dsa import Qwen2DSAConfig, Qwen2DSAForCausalLM
-from dsa.training import freeze
+from dsa.training.trainer import freeze
 
 LENGTHS = (512, 3072, 6144)  # the first one warms up
 TOPK = 64

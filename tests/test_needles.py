@@ -10,9 +10,9 @@ import torch
 from transformers import AutoTokenizer
 
 from dsa import from_dense
-from dsa.evaluation import predict
-from dsa.needles import DOCSTRING, SENTENCE, Haystack, facts, published, score, token_losses
-from dsa.retrieval import right_tokens
+from dsa.evaluation.lookups import right_tokens
+from dsa.evaluation.needles import DOCSTRING, SENTENCE, Haystack, facts, published, score, token_losses
+from dsa.evaluation.predictions import predict
 from stages.common import read_rows
 from tests.conftest import ROOT, SHARED, error_ratio
 

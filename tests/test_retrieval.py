@@ -8,8 +8,8 @@ import torch
 from transformers import AutoTokenizer
 
 from dsa import from_dense
-from dsa.evaluation import correct, predict
-from dsa.retrieval import lookup, lookups, right_tokens
+from dsa.evaluation.lookups import lookup, lookups, right_tokens
+from dsa.evaluation.predictions import correct, predict
 from tests.conftest import ROOT, SHARED
 
 NEEDLE = SHARED / "data/needle/kv-retrieval-75_keys.rows0-332.jsonl.gz"

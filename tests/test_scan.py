@@ -11,9 +11,9 @@ from itertools import islice
 import pytest
 from transformers import AutoTokenizer
 
-from dsa import scan as scan_module
-from dsa.data import BadRow, encode, messages_of, pair_of, render, tokenize_pair
-from dsa.scan import LongRows, Pairs, TooManyBadRows, parse
+from dsa.data import scan as scan_module
+from dsa.data.rows import BadRow, encode, messages_of, pair_of, render, tokenize_pair
+from dsa.data.scan import LongRows, Pairs, TooManyBadRows, parse
 from tests.conftest import ROOT, SHARED
 
 QWEN = SHARED / "data/qwen2.5-0.5b"
@@ -140,7 +140,7 @@ def test_a_killed_pass_leaves_no_process():
     code = (
         "import os, signal\n"
         "from concurrent.futures import ProcessPoolExecutor\n"
-        "from dsa.scan import start_process\n"
+        "from dsa.data.scan import start_process\n"
         "pool = ProcessPoolExecutor(2, initializer=start_process, initargs=(None,))\n"
         "print(*{pool.submit(os.getpid).result() for _ in range(20)}, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -18,10 +18,10 @@ from hub import Hub
 from pyarrow import parquet
 from safetensors.numpy import save
 
-from dsa import http, sources
-from dsa.data import BadRow
-from dsa.scan import parse
-from dsa.sources import DiskTooSmall, NoPermission, NotFound, SourceError, Unreachable, WrongChecksum
+from dsa.data import http, sources
+from dsa.data.rows import BadRow
+from dsa.data.scan import parse
+from dsa.data.sources import DiskTooSmall, NoPermission, NotFound, SourceError, Unreachable, WrongChecksum
 
 ROWS = [{"id": i, "input": f"第{i}行 😀", "history": [["q", "a"]] * (i % 3)} for i in range(600)]
 JSONL = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in ROWS)
@@ -146,7 +146,7 @@ def test_empty_file(form, lengths, hub, read):
 
 
 def test_many_files_come_in_pages(hub, read, monkeypatch):
-    monkeypatch.setattr("dsa.hubs.ModelScope.PAGE", 4)
+    monkeypatch.setattr("dsa.data.hubs.ModelScope.PAGE", 4)
     hub.add("dataset", ID, {f"{i:03}.jsonl": b"%d" % i for i in range(23)})
     assert read(uri("modelscope"))[0] == [b"%d" % i for i in range(23)]
 
@@ -474,7 +474,7 @@ def test_size_other_than_listed(hub, read):
     listing = hub.repositories["dataset", ID]
     hub.repositories["dataset", ID].files["a.jsonl"] = JSONL
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dsa.hubs.HuggingFace.files", lambda *_: (listing.commit, [sources.File("a.jsonl", 10)]))
+        patch.setattr("dsa.data.hubs.HuggingFace.files", lambda *_: (listing.commit, [sources.File("a.jsonl", 10)]))
         with pytest.raises(SourceError, match="the hub lists 10"):
             read(uri("hf"))
 

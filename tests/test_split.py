@@ -5,8 +5,8 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from dsa.data import messages_of, pair_of, prompt_key
-from dsa.scan import LongRows, Pairs
+from dsa.data.rows import messages_of, pair_of, prompt_key
+from dsa.data.scan import LongRows, Pairs
 from stages.common import line_writer, read_rows
 from stages.filter import select
 from stages.params import ParamsError

@@ -17,8 +17,8 @@ from benchmarks import sweep
 from benchmarks.sweep_points import SCARCE_TOPK
 from benchmarks.sweep_report import CHANGES, Sweep, estimate, indexer_cost, pareto, verdicts, write_report
 from dsa import ablations, from_dense
-from dsa.data import Collator
-from dsa.training import DSATrainer, Rows, freeze
+from dsa.data.rows import Collator
+from dsa.training.trainer import DSATrainer, Rows, freeze
 from stages import compare, params, training
 from tests.conftest import ROOT
 

@@ -8,8 +8,8 @@ import torch
 from transformers import TrainingArguments
 
 from dsa import from_dense
-from dsa.data import IGNORE, Collator
-from dsa.training import DSATrainer, Rows, freeze, supports_bf16
+from dsa.data.rows import IGNORE, Collator
+from dsa.training.trainer import DSATrainer, Rows, freeze, supports_bf16
 from stages.params import ParamsError
 from stages.training import split_batch
 

@@ -16,7 +16,7 @@ from huggingface_hub import errors as hf
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers
 
-from dsa.http import Broken, DiskTooSmall, File, NoPermission, NotFound, SourceError, Unreachable, Web
+from dsa.data.http import Broken, DiskTooSmall, File, NoPermission, NotFound, SourceError, Unreachable, Web
 
 LISTING_ATTEMPTS = 3
 

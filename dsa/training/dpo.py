@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from trl import DPOTrainer
 
 from dsa.modeling import IndexerLoss, Qwen2DSAForCausalLM
-from dsa.training import SplitOptimizer, WholeBatches
+from dsa.training.trainer import SplitOptimizer, WholeBatches
 
 
 class DSADPOTrainer(WholeBatches, SplitOptimizer, DPOTrainer):
@@ -36,7 +36,7 @@ class DSADPOTrainer(WholeBatches, SplitOptimizer, DPOTrainer):
 
 
 def as_dataset(pairs: list[dict]) -> Dataset:
-    """Pairs of `dsa.data.pair_of` with the columns that TRL knows."""
+    """Pairs of `dsa.data.rows.pair_of` with the columns that TRL knows."""
     return Dataset.from_list([{name: pair[name] for name in ("prompt", "chosen", "rejected")} for pair in pairs])
 
 
@@ -82,7 +82,7 @@ def answer_log_probs(
 
 
 def score_pair(policy: Qwen2DSAForCausalLM, reference: Qwen2DSAForCausalLM, example: dict) -> PairScores:
-    """Score a pair of `dsa.data.tokenize_pair`."""
+    """Score a pair of `dsa.data.rows.tokenize_pair`."""
     answers = [example["chosen_ids"], example["rejected_ids"]]
     ours = answer_log_probs(policy, example["prompt_ids"], answers)
     theirs = answer_log_probs(reference, example["prompt_ids"], answers)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dsa.data import IGNORE
+from dsa.data.rows import IGNORE
 from dsa.indexer import index_scores
 from dsa.masks import Slab, membership
 from dsa.modeling import AttentionObserver, Qwen2DSAForCausalLM

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset, RandomSampler
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
-from dsa.evaluation import attention_mass
+from dsa.evaluation.predictions import attention_mass
 from dsa.modeling import Qwen2DSAForCausalLM
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache
 
-from dsa.data import Conversation, encode, render
-from dsa.evaluation import answer_spans
+from dsa.data.rows import Conversation, encode, render
+from dsa.evaluation.lookups import Lookup, lookup
+from dsa.evaluation.predictions import answer_spans
 from dsa.modeling import Qwen2DSAForCausalLM
-from dsa.retrieval import Lookup, lookup
 
 # Frequent in any text, so that a small vocabulary has a token for each.
 WORDS = [
@@ -39,8 +39,8 @@ class Form:
     places: re.Pattern  # a fact may stand behind each match
 
 
-# A look-up as the cpu profile's model was trained on it (dsa/corpus.py). Of the kinds of facts there, this is the one
-# that dense attention copies best; reports/log.md has the others.
+# A look-up as the cpu profile's model was trained on it (dsa/data/corpus.py). Of the kinds of facts there, this is the
+# one that dense attention copies best; reports/log.md has the others.
 DOCSTRING = Form(
     fact='    def {key}(self):\n        """Return{value}."""\n',
     prompt="{text}\n\nWhat is the first line of the docstring of `{key}`?",
@@ -161,9 +161,9 @@ def score(model: Qwen2DSAForCausalLM, items: list[Lookup]) -> list[tuple[torch.T
     """Of each value's tokens, given the true ones before: whether it is the first choice (bool [n]), and its loss
     (float32 [n], nats).
 
-    Logits are computed there only, as in `dsa.retrieval.right_tokens`. A row that shares most of its beginning with
-    the one before it goes on from that one's cache; where less is shared it is run anew, for queries that go on from a
-    cache need a mask of all keys, which at 32K tokens is half a GB even for half of the row.
+    Logits are computed there only, as in `dsa.evaluation.lookups.right_tokens`. A row that shares most of its beginning
+    with the one before it goes on from that one's cache; where less is shared it is run anew, for queries that go on
+    from a cache need a mask of all keys, which at 32K tokens is half a GB even for half of the row.
     """
     found, cache, seen = [], None, []
     for item in items:

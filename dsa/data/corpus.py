@@ -6,7 +6,7 @@ its continuation or a definition to look up far above (signature, docstring, con
 with COIG-P's schema, set the true definition against the same name with another definition's right-hand side.
 
 Families, not files, are the unit of the split: the modules of one sub-package are often near copies of each other, so a
-whole sub-package is on one side (`dsa.data.split_of`), and a held-out file that still shares many lines with the
+whole sub-package is on one side (`dsa.data.rows.split_of`), and a held-out file that still shares many lines with the
 training side is dropped.
 """
 
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from dsa.data import split_of
+from dsa.data.rows import split_of
 
 MIN_CHARS = 1_500  # shorter files hold nothing to look up
 MAX_CHARS = 400_000  # longer ones are generated tables

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dsa.data import encode, render
-from dsa.evaluation import answer_spans
+from dsa.data.rows import encode, render
+from dsa.evaluation.predictions import answer_spans
 from dsa.modeling import Qwen2DSAForCausalLM
 
 QUESTION = "Extract the value corresponding to the specified key in the JSON object below."

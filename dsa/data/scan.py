@@ -3,7 +3,7 @@
 `download` stops fetching by a scan and `filter` and `pairs` select by the same one, so the slice that was fetched is
 certainly enough. Tokens are counted as training sees them, on the whole rendered conversation. Most rows of an
 instruction data set are short, and a byte-level tokenizer never makes more tokens than there are bytes: rows with too
-few bytes are not tokenised at all, the others word by word (`dsa.counting`), in batches on all cores.
+few bytes are not tokenised at all, the others word by word (`dsa.data.counting`), in batches on all cores.
 """
 
 import json
@@ -18,8 +18,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, islice
 
-from dsa.counting import TokenCounter
-from dsa.data import IGNORE, BadRow, LeftOut, encode, messages_of, pair_of, render, tokenize_pair
+from dsa.data.counting import TokenCounter
+from dsa.data.rows import IGNORE, BadRow, LeftOut, encode, messages_of, pair_of, render, tokenize_pair
 
 BATCH = 256  # rows, read by one process at a time
 ALONE = 4096  # rows that are read before other processes are worth their start

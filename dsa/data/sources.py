@@ -23,7 +23,7 @@ import pyarrow as pa
 from pyarrow import parquet
 from safetensors import SafetensorError, safe_open
 
-from dsa.http import (
+from dsa.data.http import (
     MARGIN,
     DiskTooSmall,
     File,
@@ -36,7 +36,7 @@ from dsa.http import (
     room,
     sha256_of,
 )
-from dsa.hubs import HuggingFace, ModelScope, Repo, hub_of, parse
+from dsa.data.hubs import HuggingFace, ModelScope, Repo, hub_of, parse
 
 __all__ = [
     "Dataset",
