@@ -91,9 +91,8 @@ def main() -> None:
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
     path = Path("reports/gpu" if gpu else "reports/speed", "generate.json")
-    rows = {
-        (row["dtype"], row["context"]): row for row in (json.loads(path.read_text())["rows"] if path.exists() else [])
-    }
+    before = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    rows = {(row["dtype"], row["context"]): row for row in before}
     AttentionInterface.register("grouped", grouped)
     torch.manual_seed(0)
     with torch.device("cuda" if gpu else "cpu"):

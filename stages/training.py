@@ -53,7 +53,7 @@ def last_checkpoint(folder: Path) -> str | None:
     for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
         if all((path / name).exists() for name in complete):
             try:
-                json.loads((path / "trainer_state.json").read_text())
+                json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
             except ValueError:
                 pass
             else:

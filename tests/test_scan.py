@@ -145,7 +145,7 @@ def test_a_killed_pass_leaves_no_process():
         "print(*{pool.submit(os.getpid).result() for _ in range(20)}, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8", timeout=120)
     workers = [int(pid) for pid in run.stdout.split()]
     assert workers, run.stderr
     deadline = time.monotonic() + 20
