@@ -84,12 +84,19 @@ def digest(paths: Iterable[Path]) -> str:
     return total.hexdigest()
 
 
+def home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise SystemExit("DSA_SCRATCH: has to be set to a folder, for there is no home directory") from None
+
+
 def scratch(stage: str, settings: dict, inputs: Iterable[Path]) -> Path:
     """Where the stage's checkpoints live: under DSA_SCRATCH, named after its params and inputs.
 
     It is no output of the pipeline, for DVC deletes outputs before a stage runs. A rerun with the same params and
     inputs finds its own checkpoint, any other does not.
     """
-    root = Path(os.environ.get("DSA_SCRATCH", Path.home() / ".cache" / "dsa" / "scratch"))
+    root = Path(os.environ.get("DSA_SCRATCH") or home() / ".cache" / "dsa" / "scratch")
     name = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
     return root / f"{stage}-{name}-{digest(inputs)}"
