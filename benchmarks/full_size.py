@@ -60,12 +60,12 @@ def forget_peak() -> None:
     """Peaks count from here: building a model takes more than a step of the warm-up. The process's needs Linux."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def peak_of_process() -> int:
     """The largest resident set so far, in bytes. Not `ru_maxrss`, which a process has from the one that started it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=1 << 30, help="of the lengths, measure up to this one")
     parser.add_argument("--checkpointing", action="store_true", help="measure with activation checkpointing")
     args = parser.parse_args()
-    config = json.loads(args.config.read_text())
+    config = json.loads(args.config.read_text(encoding="utf-8"))
     gpu = bool(args.repeats) and torch.cuda.is_available()
     path = Path("reports/gpu" if gpu else "reports/speed", "full_size.json")
     result = {"model": {name: config[name] for name in SIZES}}
@@ -158,7 +158,7 @@ def main() -> None:
         "precision": "bfloat16 autocast" if supports_bf16() else "float32",
         "topk": args.topk,
     }
-    before = json.loads(path.read_text()) if path.exists() else {}
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if args.repeats:
         result |= machine
     elif "device" in before:  # the arithmetic is of no machine, and leaves what was measured

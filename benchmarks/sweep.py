@@ -31,7 +31,7 @@ class SweepError(SystemExit):
 
 
 def output_of(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
     if done.returncode:
         raise SweepError(f"{' '.join(command)}: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
     return done.stdout

@@ -60,7 +60,7 @@ def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     return f"CPU ({model}), {torch.get_num_threads()} threads"
 
@@ -108,12 +108,19 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
+def home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise SystemExit("DSA_SCRATCH: has to be set to a folder, for there is no home directory") from None
+
+
 def scratch(stage: str, settings: dict, inputs: Iterable[Path]) -> Path:
     """Where a stage keeps what a rerun goes on from: under DSA_SCRATCH, named after its settings and inputs.
 
     It is no output of the pipeline, for DVC deletes outputs before a stage runs.
     """
-    root = Path(os.environ.get("DSA_SCRATCH", Path.home() / ".cache" / "dsa" / "scratch"))
+    root = Path(os.environ.get("DSA_SCRATCH") or home() / ".cache" / "dsa" / "scratch")
     name = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
     return root / f"{stage}-{name}-{digest(inputs)}"
 

@@ -201,7 +201,7 @@ def main() -> None:
     }
     print(summary)
     model.to(torch.bfloat16).save_pretrained(OUT)
-    (OUT / "pretrain.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (OUT / "pretrain.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     log = pd.DataFrame(history, columns=["step", "loss", "learning_rate"]).astype(float)
     log.insert(1, "tokens", log["step"] * cfg.batch_tokens)

@@ -160,7 +160,8 @@ def main() -> None:
     }
     selections = {"warmup": evaluations["warmup"]["selection"], "dsa": evaluations["dsa"]["selection"]}
     FIGURES.mkdir(parents=True, exist_ok=True)
-    base = json.loads(Path(EMBEDDED, "pretrain.json").read_text()) if EMBEDDED in p.model.source else None
+    embedded = EMBEDDED in p.model.source
+    base = json.loads(Path(EMBEDDED, "pretrain.json").read_text(encoding="utf-8")) if embedded else None
     draw(p, predictions, tables, selections, curves, cost, data["filter"]["length_histogram"], base)
     rows = {row["arm"]: row for table in ("trained", "untrained") for row in tables[table]}
     summary = {
@@ -172,7 +173,7 @@ def main() -> None:
     }
     context = {
         "p": p,
-        "params": yaml.safe_dump(yaml.safe_load(Path("params.yaml").read_text()), sort_keys=False).strip(),
+        "params": yaml.safe_dump(params.read(Path("params.yaml")), sort_keys=False).strip(),
         "rows": rows,
         **tables,
         "train": train,

@@ -40,9 +40,18 @@ def split_batch(batch_size: int) -> tuple[int, int]:
     return micro, batch_size // (micro * world)
 
 
+def threads_asked() -> str | None:
+    """OMP_NUM_THREADS as the user has set it. `accelerate launch` sets it to 1 for its processes where nobody has."""
+    launcher = Path("/proc", str(os.getppid()))
+    if launcher.exists() and b"accelerate" in (launcher / "cmdline").read_bytes():
+        variables = (launcher / "environ").read_bytes().split(b"\0")
+        return next((v.partition(b"=")[2].decode() for v in variables if v.startswith(b"OMP_NUM_THREADS=")), None)
+    return os.environ.get("OMP_NUM_THREADS")
+
+
 def use_all_cores() -> None:
-    """Share this machine's cores among its processes: `accelerate launch` leaves each with a single thread."""
-    if not torch.cuda.is_available():
+    """Share this machine's cores among its processes, unless OMP_NUM_THREADS says how many threads each has."""
+    if not torch.cuda.is_available() and not threads_asked():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
@@ -61,7 +70,7 @@ def last_checkpoint(folder: Path) -> str | None:
     for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
         if all((path / name).exists() for name in complete):
             try:
-                json.loads((path / "trainer_state.json").read_text())
+                json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
             except ValueError:
                 pass
             else:

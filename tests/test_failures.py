@@ -246,18 +246,18 @@ def finished_run(tmp_path, monkeypatch):
 def test_the_page_of_a_finished_run(finished_run, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["failures", "--rows", "3"])
     failures.main()
-    found = json.loads(Path("reports/failures.json").read_text())
+    found = json.loads(Path("reports/failures.json").read_text(encoding="utf-8"))
     assert len(found["worst"]["shown"]) == failures.ROWS and found["layers"]["rows"] == 3
     means = [row["gap"] for row in found["worst"]["shown"]]
     assert means == sorted(found["worst"]["gaps"], reverse=True)[: failures.ROWS]
     for row in found["worst"]["shown"]:
         gaps = [token["gap"] for token in row["tokens"]]
         assert len(gaps) == failures.TOKENS and gaps == sorted(gaps, reverse=True)
-    text = Path("reports/failures.md").read_text()
+    text = Path("reports/failures.md").read_text(encoding="utf-8")
     assert "{{" not in text and "nan" not in text and text.count("\n### Row") == failures.ROWS
     assert {p.name for p in Path("reports/failures").iterdir()} == {"decomposition.png", "layers.png", "rows.png"}
     write_report(found, Path("again"))
-    assert Path("again/failures.md").read_text() == text
+    assert Path("again/failures.md").read_text(encoding="utf-8") == text
 
 
 def test_another_model_or_other_rows_are_refused(finished_run, monkeypatch):

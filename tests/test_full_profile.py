@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(not DATA.exists(), reason="the shared data are n
 
 def published_model(folder: Path) -> dict[str, bytes]:
     """A checkpoint in the published layout, with the true tokenizer and vocabulary and small random weights."""
-    published = json.loads((DATA / PROFILE / "config.json").read_text())
+    published = json.loads((DATA / PROFILE / "config.json").read_text(encoding="utf-8"))
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
     config = Qwen2Config(**published | small | {"num_key_value_heads": 2, "max_window_layers": 2})
@@ -55,7 +55,7 @@ def sft_rows() -> bytes:
 
 def preference_shards() -> dict[str, bytes]:
     """COIG-P's published form: several pairs of one prompt, a domain, two shards."""
-    lines = (DATA / "preference/dpo_zh_demo.sharegpt_form_50.jsonl").read_text().splitlines()
+    lines = (DATA / "preference/dpo_zh_demo.sharegpt_form_50.jsonl").read_text(encoding="utf-8").splitlines()
     columns = ("conversations", "chosen", "rejected")
     rows = [{name: json.loads(line)[name] for name in columns} | {"domain": "Chat"} for line in lines for _ in range(2)]
     rows[5] |= {"chosen": rows[5]["rejected"]}
@@ -78,7 +78,7 @@ def full(tmp_path_factory):
         hub.add("dataset", "deepctrl/deepctrl-sft-data", {"sft_data_zh.jsonl": sft_rows()})
         hub.add("dataset", "m-a-p/COIG-P", preference_shards())
         path = clone / f"profiles/{PROFILE}.yaml"
-        profile = yaml.safe_load(path.read_text())
+        profile = yaml.safe_load(path.read_text(encoding="utf-8"))
         profile["model"]["source"] = ["hf://Qwen/Qwen2.5-0.5B@main", *profile["model"]["source"][1:]]
         profile["model"]["sha256"]["model.safetensors"] = weights
         profile["data"] |= {"samples": 24, "max_length": 1152, "test_fraction": 0.25, "max_bad_rows": len(BAD)}
@@ -90,9 +90,9 @@ def full(tmp_path_factory):
         profile["evaluate"] |= short | {"retrieval": {"lengths": [1024], "depths": 2, "rows": 1}}
         profile["harness"]["tasks"] = []
         profile["benchmark"] |= {"topk": [256], "decode": [1024], "prefill": [1024], "train": [256], "repeats": 1}
-        path.write_text(yaml.safe_dump(profile))
-        params = yaml.safe_load((clone / "params.yaml").read_text())
-        (clone / "params.yaml").write_text(yaml.safe_dump(params | {"profile": PROFILE}))
+        path.write_text(yaml.safe_dump(profile), encoding="utf-8")
+        params = yaml.safe_load((clone / "params.yaml").read_text(encoding="utf-8"))
+        (clone / "params.yaml").write_text(yaml.safe_dump(params | {"profile": PROFILE}), encoding="utf-8")
         shutil.rmtree(clone / "reports")
         (clone / "dvc.lock").unlink()
         environment = {
@@ -110,7 +110,7 @@ def full(tmp_path_factory):
 
 
 def metrics(clone: Path, name: str) -> dict:
-    return json.loads((clone / "reports" / name).read_text())
+    return json.loads((clone / "reports" / name).read_text(encoding="utf-8"))
 
 
 def test_sources_and_revisions_are_recorded(full):
@@ -132,7 +132,9 @@ def test_bad_lines_are_listed_with_their_numbers(full):
         assert listed == {number: reason for number, (_, reason) in BAD.items()}
     filtered = metrics(clone, "data/filter.json")
     assert filtered["complete"] and filtered["train"] + filtered["test"] == 24
-    published = [json.loads(line) for line in (DATA / "sft/moss_conversations.jsonl").read_text().splitlines()]
+    published = [
+        json.loads(line) for line in (DATA / "sft/moss_conversations.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     language = {row["id"]: row["language"] for row in published}
     kept = [row["id"] for side in ("train", "test") for row in read_rows(clone / f"data/long/{side}.jsonl.gz")]
     assert filtered["language"] == Counter(language[i] for i in kept) and len(kept) == 24
@@ -148,9 +150,9 @@ def test_pairs_of_a_prompt_are_on_one_side(full):
 def test_models_end_their_turns_with_both_ids(full):
     clone, _ = full
     for name in ("dsa", "dpo-dsa"):
-        generation = json.loads((clone / f"models/{name}/generation_config.json").read_text())
+        generation = json.loads((clone / f"models/{name}/generation_config.json").read_text(encoding="utf-8"))
         assert generation["eos_token_id"] == [151645, 151643] and generation["pad_token_id"] == 151643
-    config = json.loads((clone / "models/dsa/config.json").read_text())
+    config = json.loads((clone / "models/dsa/config.json").read_text(encoding="utf-8"))
     assert config["model_type"] == "qwen2_dsa" and config["vocab_size"] == 151936
 
 
@@ -164,7 +166,7 @@ def test_training_and_evaluation_ran_on_real_rows(full):
 
 def test_the_report_says_where_everything_came_from(full):
     clone, _ = full
-    report = (clone / "reports/report.md").read_text()
+    report = (clone / "reports/report.md").read_text(encoding="utf-8")
     assert "hf://Qwen/Qwen2.5-0.5B@main @ " + metrics(clone, "data/model.json")["revision"] in report
     assert "modelscope://datasets/deepctrl/deepctrl-sft-data" in report and "hf://datasets/m-a-p/COIG-P" in report
     assert "1 malformed JSON" in report and "biased by its order" in report
@@ -174,8 +176,8 @@ def test_the_report_says_where_everything_came_from(full):
 def test_without_a_network_one_line_says_what_to_set(tmp_path):
     """No hub answers: which hosts could not be reached, and which setting helps."""
     clone = copy_of_project(tmp_path / "project")
-    params = yaml.safe_load((clone / "params.yaml").read_text())
-    (clone / "params.yaml").write_text(yaml.safe_dump(params | {"profile": PROFILE}))
+    params = yaml.safe_load((clone / "params.yaml").read_text(encoding="utf-8"))
+    (clone / "params.yaml").write_text(yaml.safe_dump(params | {"profile": PROFILE}), encoding="utf-8")
     nobody = "http://127.0.0.1:9"
     environment = {"HF_ENDPOINT": nobody, "MODELSCOPE_ENDPOINT": nobody, "HF_HUB_OFFLINE": "0"}
     environment |= {"HF_HOME": str(tmp_path), "DSA_SCRATCH": str(tmp_path)}

@@ -54,8 +54,10 @@ def log_likelihood(model, tokenizer, context: str, continuation: str) -> float:
 def write_tasks(folder, rows: list[dict]) -> dict[str, str]:
     """The paths of a task of each kind."""
     folder.mkdir(parents=True)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "shots.jsonl").write_text(json.dumps({"text": "x = 1", "choices": ["y = 2"] * 3, "gold": 0}) + "\n")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "shots.jsonl").write_text(
+        json.dumps({"text": "x = 1", "choices": ["y = 2"] * 3, "gold": 0}) + "\n", encoding="utf-8"
+    )
     files = {"test": str(folder / "rows.jsonl"), "train": str(folder / "shots.jsonl")}
     common = {"dataset_path": "json", "dataset_kwargs": {"data_files": files}, "doc_to_text": "{{text}}"}
     common |= {"test_split": "test", "fewshot_split": "train"}
@@ -82,7 +84,7 @@ def write_tasks(folder, rows: list[dict]) -> dict[str, str]:
         },
     }
     for name, task in tasks.items():
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | common | task))
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | common | task), encoding="utf-8")
     return {name: str(folder / f"{name}.yaml") for name in tasks}
 
 
@@ -111,12 +113,12 @@ def run(request, tmp_path_factory):
     tokenizer.save_pretrained(root / f"models/{arm}")
 
     tasks = write_tasks(root / harness.TASKS, rows)
-    profile = yaml.safe_load((ROOT / "profiles/cpu.yaml").read_text())
+    profile = yaml.safe_load((ROOT / "profiles/cpu.yaml").read_text(encoding="utf-8"))
     profile["harness"] |= {"tasks": list(tasks.values()), "limit": LIMIT}
     (root / "profiles").mkdir()
-    (root / "profiles/cpu.yaml").write_text(yaml.safe_dump(profile))
+    (root / "profiles/cpu.yaml").write_text(yaml.safe_dump(profile), encoding="utf-8")
     for name in ("params.yaml", "dvc.yaml"):
-        (root / name).write_text((ROOT / name).read_text())
+        (root / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
     selected, select = [], Qwen2DSAAttention.select
 
     def spy(self, index, q, k, visible):
@@ -130,7 +132,7 @@ def run(request, tmp_path_factory):
         patch.setattr(Qwen2DSAAttention, "select", spy)
         harness.main(arm)
         patch.setattr(Qwen2DSAAttention, "select", select)
-        written = json.loads((root / f"reports/harness/{arm}.json").read_text())
+        written = json.loads((root / f"reports/harness/{arm}.json").read_text(encoding="utf-8"))
         yield SimpleNamespace(
             arm=arm, model=model, tokenizer=tokenizer, tasks=tasks, answers=answers, selected=selected, written=written
         )
@@ -220,7 +222,7 @@ def test_the_mean_of_ruler_is_taken_at_every_length(run, monkeypatch):
 
 def test_unknown_tasks_are_named_before_anything_runs():
     """Those that the full profile suggests are known."""
-    lines = (ROOT / "profiles/qwen2.5-0.5b.yaml").read_text().splitlines()
+    lines = (ROOT / "profiles/qwen2.5-0.5b.yaml").read_text(encoding="utf-8").splitlines()
     suggested = next(line for line in lines if line.startswith("harness:")).split("tasks: [")[1].split("]")[0]
     suggested = suggested.split(", ")
     assert len(suggested) == 3

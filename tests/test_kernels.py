@@ -33,7 +33,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 def test_in_the_interpreter():
     settings = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # its products are tiny
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
+    run = subprocess.run(command, env=os.environ | settings, capture_output=True, encoding="utf-8")
     assert run.returncode == 0, run.stdout + run.stderr
 
 

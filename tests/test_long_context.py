@@ -54,7 +54,7 @@ def test_the_page_of_a_finished_run(finished_run, monkeypatch):
     arguments = ["--lengths", "400", "600", "2200", "--rows", "2", "--documents", "3", "--text", "book.txt.gz"]
     monkeypatch.setattr("sys.argv", ["long_context", *arguments, "--kv", "kv.jsonl.gz", "--kv-rows", "10"])
     long_context.main()
-    found = json.loads(Path("reports/long_context.json").read_text())
+    found = json.loads(Path("reports/long_context.json").read_text(encoding="utf-8"))
     setup = found["setup"]
     assert (setup["topk"], setup["trained"], setup["lengths"]) == (16, 2048, [400, 600, 2200])
     assert len(set(setup["sources"])) == 3 and "locker" in setup["form"]["fact"]
@@ -70,7 +70,7 @@ def test_the_page_of_a_finished_run(finished_run, monkeypatch):
     first = found["extrapolation"]["bins"][0]
     assert first["means"]["dense"] != first["means"]["dsa"] != first["means"]["window_trained"]
     assert "python -m benchmarks.long_context --lengths 400" in found["run"]["command"]
-    text = Path("reports/long_context.md").read_text()
+    text = Path("reports/long_context.md").read_text(encoding="utf-8")
     assert "{{" not in text and "nan" not in text and "None" not in text
     figures = {p.name for p in Path("reports/long_context").iterdir()}
     assert figures == {"needle.png", "multikey.png", "kv.png", "extrapolation.png"}
@@ -78,7 +78,7 @@ def test_the_page_of_a_finished_run(finished_run, monkeypatch):
     tables = [t for t in markdown_it.MarkdownIt("commonmark").enable("table").parse(text) if t.type == "table_open"]
     assert len(tables) == 2 * 3 + 2
     write_report(found, Path("again"))
-    assert Path("again/long_context.md").read_text() == text
+    assert Path("again/long_context.md").read_text(encoding="utf-8") == text
 
 
 def test_all_models_and_arms_are_those_that_are_named(finished_run, tokenizer):
@@ -105,7 +105,7 @@ def test_documents_are_of_one_text_each_and_of_many_families(tokenizer):
 
 def test_a_profile_without_files_needs_texts(finished_run, monkeypatch):
     file = finished_run / "params.yaml"
-    file.write_text(file.read_text().replace("profile: cpu", "profile: qwen2.5-0.5b"))
+    file.write_text(file.read_text(encoding="utf-8").replace("profile: cpu", "profile: qwen2.5-0.5b"), encoding="utf-8")
     monkeypatch.setattr("sys.argv", ["long_context"])
     with pytest.raises(SystemExit, match="--text"):
         long_context.main()
@@ -113,7 +113,7 @@ def test_a_profile_without_files_needs_texts(finished_run, monkeypatch):
 
 def test_arms_of_other_k_are_refused(finished_run, monkeypatch):
     file = finished_run / "models/window/config.json"
-    file.write_text(file.read_text().replace('"index_topk": 16', '"index_topk": 32'))
+    file.write_text(file.read_text(encoding="utf-8").replace('"index_topk": 16', '"index_topk": 32'), encoding="utf-8")
     monkeypatch.setattr("sys.argv", ["long_context", "--lengths", "400", "--rows", "2", "--text", "book.txt.gz"])
     with pytest.raises(SystemExit, match="different numbers of keys"):
         long_context.main()

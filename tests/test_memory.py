@@ -19,7 +19,7 @@ TOPK = 64
 
 def resident() -> int:
     """Bytes of this process in memory now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
 
 
 def peaks(kind: str) -> list[int]:

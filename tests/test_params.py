@@ -17,8 +17,8 @@ def root(tmp_path):
 
 
 def change(path, **changes):
-    content = yaml.safe_load(path.read_text())
-    path.write_text(yaml.safe_dump(content | changes))
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    path.write_text(yaml.safe_dump(content | changes), encoding="utf-8")
 
 
 @pytest.mark.parametrize("profile", sorted(p.stem for p in (ROOT / "profiles").glob("*.yaml")))
@@ -67,10 +67,10 @@ def test_the_warmup_is_not_checkpointed(root):
 
 
 def test_a_missing_key_and_broken_yaml_are_named(root):
-    (root / "params.yaml").write_text("profile: cpu\nseed: 0\n")
+    (root / "params.yaml").write_text("profile: cpu\nseed: 0\n", encoding="utf-8")
     with pytest.raises(SystemExit, match=r"params.yaml|cpu.yaml: topk"):
         params.load(root=root)
-    (root / "params.yaml").write_text("profile: [cpu\n")
+    (root / "params.yaml").write_text("profile: [cpu\n", encoding="utf-8")
     with pytest.raises(SystemExit, match="not valid YAML"):
         params.load(root=root)
 
@@ -88,9 +88,9 @@ def test_a_stage_cannot_read_what_it_does_not_declare(root):
 
 def test_every_stage_reads_its_params_through_its_own_declaration():
     """Each stage module loads its params by its own name, so the check above holds for all of them."""
-    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     for name in stages:
-        tree = ast.parse((ROOT / f"stages/{name}.py").read_text())
+        tree = ast.parse((ROOT / f"stages/{name}.py").read_text(encoding="utf-8"))
         loads = [
             n
             for n in ast.walk(tree)
@@ -110,7 +110,7 @@ def test_a_local_source_that_dvc_does_not_watch_is_refused(root, monkeypatch, se
         (path / "a.jsonl").touch()
     (watched / "link").symlink_to(elsewhere)
     (watched / "b.jsonl").symlink_to(elsewhere / "a.jsonl")
-    profile = yaml.safe_load((root / "profiles/cpu.yaml").read_text())
+    profile = yaml.safe_load((root / "profiles/cpu.yaml").read_text(encoding="utf-8"))
 
     def load(source):
         change(root / "profiles/cpu.yaml", **{section: profile[section] | {"source": source}})
@@ -127,7 +127,7 @@ def test_a_local_source_that_dvc_does_not_watch_is_refused(root, monkeypatch, se
 
 def test_what_is_read_from_disk_is_a_dependency():
     """The folders that the check above allows are those that DVC watches."""
-    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     assert {"data/base", "data/local/model"} <= set(stages["model"]["deps"])
     assert {"pyproject.toml", "data/local/rows"} <= set(stages["download"]["deps"])
     assert harness.TASKS in stages["harness"]["do"]["deps"]
@@ -135,6 +135,6 @@ def test_what_is_read_from_disk_is_a_dependency():
 
 def test_a_task_that_dvc_does_not_watch_is_refused(tmp_path):
     """Its YAML was edited, and `dvc repro` said that nothing had changed."""
-    (tmp_path / "mine.yaml").write_text("task: mine")
+    (tmp_path / "mine.yaml").write_text("task: mine", encoding="utf-8")
     with pytest.raises(params.ParamsError, match=r"harness\.tasks: not in data/local/tasks.*mine\.yaml"):
         harness.check([str(tmp_path / "mine.yaml")])

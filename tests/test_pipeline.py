@@ -25,7 +25,7 @@ USES_TOPK |= {"benchmark", "compare", "report"}
 
 def run(command, cwd, check=True, **env):
     environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"} | env
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, encoding="utf-8")
     if check and done.returncode:
         raise AssertionError(f"{command}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     return done
@@ -60,9 +60,9 @@ def would_run(clone, *changes):
     run(["git", "checkout", "-q", "params.yaml", "profiles"], clone)
     for file, edit in changes:
         path = clone / file
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
         edit(content)
-        path.write_text(yaml.safe_dump(content))
+        path.write_text(yaml.safe_dump(content), encoding="utf-8")
     status = json.loads(run(["dvc", "status", "--json"], clone).stdout)
     run(["git", "checkout", "-q", "params.yaml", "profiles"], clone)
     return {
@@ -98,7 +98,7 @@ def downstream(stages, changed):
 
 def resolved(clone):
     """dvc.yaml with its foreach stages spelled out."""
-    stages = yaml.safe_load((clone / "dvc.yaml").read_text())["stages"]
+    stages = yaml.safe_load((clone / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     names = [f"{name}@{item}" if item else name for name in stages for item in stages[name].get("foreach", [None])]
     return {name: params.entry(name, "cpu", clone) for name in names}
 
@@ -170,8 +170,8 @@ def test_an_unknown_param_is_refused(clone, no_identity):
 def smoke(clone, no_identity):
     """The whole pipeline, killed hard once in the middle of sparse training."""
     run(["git", "checkout", "-q", "."], clone)
-    knobs = yaml.safe_load((clone / "params.yaml").read_text())
-    (clone / "params.yaml").write_text(yaml.safe_dump(knobs | {"profile": "smoke"}))
+    knobs = yaml.safe_load((clone / "params.yaml").read_text(encoding="utf-8"))
+    (clone / "params.yaml").write_text(yaml.safe_dump(knobs | {"profile": "smoke"}), encoding="utf-8")
     shutil.rmtree(clone / "reports", ignore_errors=True)
     (clone / "dvc.lock").unlink(missing_ok=True)
     run(["dvc", "repro", "evaluate@dense", "warmup"], clone, **no_identity)
@@ -196,21 +196,29 @@ def smoke(clone, no_identity):
 
 
 def test_smoke_runs_every_stage_and_writes_the_report(smoke):
-    report = (smoke / "reports/report.md").read_text()
+    report = (smoke / "reports/report.md").read_text(encoding="utf-8")
     assert "Profile `smoke`" in report and "{{" not in report
     assert not [line for line in report.splitlines() if line.startswith("|") and line != line.rstrip()]
-    html = (smoke / "reports/report.html").read_text()
+    html = (smoke / "reports/report.html").read_text(encoding="utf-8")
     assert html.count("data:image/png;base64,") == report.count("](figures/") >= 6
     assert 'src="figures' not in html
     for name in ("report.md", "report.html", "summary.json"):
-        assert str(smoke) not in (smoke / "reports" / name).read_text()
-    assert set(json.loads((smoke / "reports/summary.json").read_text())["gap"]) >= {"dense", "dsa", "window_trained"}
+        assert str(smoke) not in (smoke / "reports" / name).read_text(encoding="utf-8")
+    assert set(json.loads((smoke / "reports/summary.json").read_text(encoding="utf-8"))["gap"]) >= {
+        "dense",
+        "dsa",
+        "window_trained",
+    }
 
 
 def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(smoke, no_identity):
     def result():
-        metrics = json.loads((smoke / "reports/train/sparse.json").read_text())
-        return metrics["resumed_at_step"], metrics["last"], (smoke / "reports/train/sparse.csv").read_text()
+        metrics = json.loads((smoke / "reports/train/sparse.json").read_text(encoding="utf-8"))
+        return (
+            metrics["resumed_at_step"],
+            metrics["last"],
+            (smoke / "reports/train/sparse.csv").read_text(encoding="utf-8"),
+        )
 
     resumed, last, curve = result()
     assert resumed >= 1
@@ -248,20 +256,20 @@ def test_a_local_source_that_was_edited_is_read_again(clone, no_identity):
         pair = {"conversations": [{"from": "human", "value": "a"}]}
         pair |= {"chosen": {"from": "gpt", "value": answer}, "rejected": {"from": "gpt", "value": "no"}}
         for name, row in (("sft", sft), ("pairs", pair)):
-            (clone / f"data/local/rows/{name}.jsonl").write_text(json.dumps(row) + "\n")
+            (clone / f"data/local/rows/{name}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
 
     def raw():
         run(["dvc", "repro", "download"], clone, **no_identity)
         return b"".join(gzip.decompress(path.read_bytes()) for path in (clone / "data/raw").iterdir()).decode()
 
     path = clone / "profiles/smoke.yaml"
-    profile = yaml.safe_load(path.read_text())
+    profile = yaml.safe_load(path.read_text(encoding="utf-8"))
     profile["data"] |= {"source": "data/local/rows/sft.jsonl", "samples": 1}
     profile["preference"] |= {"source": "data/local/rows/pairs.jsonl", "pairs": 1}
-    params = yaml.safe_load((clone / "params.yaml").read_text())
+    params = yaml.safe_load((clone / "params.yaml").read_text(encoding="utf-8"))
     try:
-        path.write_text(yaml.safe_dump(profile))
-        (clone / "params.yaml").write_text(yaml.safe_dump(params | {"profile": "smoke"}))
+        path.write_text(yaml.safe_dump(profile), encoding="utf-8")
+        (clone / "params.yaml").write_text(yaml.safe_dump(params | {"profile": "smoke"}), encoding="utf-8")
         write("one")
         assert raw().count("one") == 2
         write("two")

@@ -55,7 +55,7 @@ def test_scores_of_the_value_alone_are_those_of_the_whole_row(dense_model, token
 @pytest.mark.skipif(not NEEDLE.exists(), reason="the shared data are not here")
 def test_published_rows_fit_the_same_form():
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "data/qwen2.5-0.5b")
-    with gzip.open(NEEDLE, "rt") as file:
+    with gzip.open(NEEDLE, "rt", encoding="utf-8") as file:
         row = json.loads(next(file))
     at = [key for key, _ in row["ordered_kv_records"]].index(row["key"])
     item = lookup(tokenizer, [tuple(pair) for pair in row["ordered_kv_records"]], at / 74)

@@ -145,7 +145,7 @@ def test_a_killed_pass_leaves_no_process():
         "print(*{pool.submit(os.getpid).result() for _ in range(20)}, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8", timeout=120)
     workers = [int(pid) for pid in run.stdout.split()]
     assert workers, run.stderr
     deadline = time.monotonic() + 20
@@ -179,6 +179,19 @@ def test_several_processes_stop_with_the_pass(tokenizer, processes):
     with pytest.raises(TypeError):
         list(LongRows(tokenizer, 10_000, 0, None)(source()))
     assert set(multiprocessing.active_children()) <= others
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "no /dev/shm"), PermissionError(13, "denied")])
+def test_without_shared_memory_one_process_reads_all(tokenizer, processes, monkeypatch, caplog, error):
+    """A container without /dev/shm ended `download` and `filter` in a traceback after 4096 rows."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", fail)
+    raw = lines([row(number % 300 + 1) for number in range(3 * scan_module.BATCH)])
+    assert [(r.number, r.tokens) for r in LongRows(tokenizer, 10_000, 0, 100)(raw)] == plain_loop(tokenizer, raw, 100)
+    assert "one process" in caplog.text and str(error) in caplog.text
 
 
 def test_the_pass_stops_at_the_last_wanted_row(tokenizer):

@@ -114,7 +114,7 @@ def test_the_page_has_the_numbers_and_says_what_is_missing(tmp_path):
     rows += [experiment(replace(BASE, topk=64, n_heads=1, head_dim=16), (1.0, 3.0))]
     rows += [experiment(replace(BASE, topk=64, ablation="rope_all"), (2.0, 6.0)) | {"commit": "def"}]
     write_report(made(*rows), tmp_path)
-    text = (tmp_path / "sweep.md").read_text()
+    text = (tmp_path / "sweep.md").read_text(encoding="utf-8")
     assert "| 256 | 1/8 | +0.1500 ± 0.0500 |" in text
     assert "| 32 | 1/64 | +0.4000 ± 0.0000 | [+0.4000, +0.4000]" in text
     assert "not excluded: k = 32 (+0.4000 [+0.4000, +0.4000]), k = 64 (" in text
@@ -132,16 +132,16 @@ def test_an_ablation_that_the_model_has_no_more_is_marked_with_its_commit(tmp_pa
     had, has = replace(BASE, topk=64, ablation="attached"), replace(BASE, topk=64, ablation="rope_all")
     rows = [experiment(point, (1.0, 3.0)) for point in (replace(BASE, topk=64), had, has)]
     write_report(made(*rows), tmp_path)
-    text = (tmp_path / "sweep.md").read_text()
+    text = (tmp_path / "sweep.md").read_text(encoding="utf-8")
     assert "| attached † |" in text and "| rope_all |" in text
     assert "git checkout abc" in text
     write_report(made(rows[0], rows[2]), tmp_path)
-    assert "†" not in (tmp_path / "sweep.md").read_text()
+    assert "†" not in (tmp_path / "sweep.md").read_text(encoding="utf-8")
 
 
 def test_a_page_without_experiments(tmp_path):
     write_report(made(), tmp_path)
-    text = (tmp_path / "sweep.md").read_text()
+    text = (tmp_path / "sweep.md").read_text(encoding="utf-8")
     assert text.count("Fewer than two") == 3 and "No ablation was run" in text
     assert not (tmp_path / "sweep").exists()
 
@@ -151,7 +151,7 @@ def test_one_seed_within_the_spread_of_seeds_tells_nothing_apart(tmp_path):
     rows = [experiment(replace(base, seed=s), (1.0 + 2 * s, 3.0 + 6 * s)) for s in (0, 1)]  # 0.1 and 0.3: spread 0.14
     for sums, said in (((2.0, 6.0), "is not told apart, by one seed, from"), ((5.0, 15.0), "is worse than")):
         write_report(made(*rows, experiment(close, sums)), tmp_path)
-        assert f"rope_all: the loss {said} the paper's" in (tmp_path / "sweep.md").read_text()
+        assert f"rope_all: the loss {said} the paper's" in (tmp_path / "sweep.md").read_text(encoding="utf-8")
 
 
 def test_sweeps_are_joined_where_they_are_the_same_experiment():
@@ -170,9 +170,9 @@ def test_sweeps_are_joined_where_they_are_the_same_experiment():
 def test_the_file_holds_what_was_written(tmp_path):
     content = made(experiment(BASE, (1.0, 3.0)), experiment(replace(BASE, topk=32), (1.0, 3.0)))
     sweep.write(content, tmp_path / "sweep.json")
-    assert json.loads((tmp_path / "sweep.json").read_text()) == content
+    assert json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8")) == content
     sweep.write(made(), tmp_path / "sweep.json")
-    assert json.loads((tmp_path / "sweep.json").read_text()) == made()
+    assert json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8")) == made()
 
 
 def test_the_plan_covers_the_question_and_its_commands_set_existing_params(monkeypatch):
@@ -184,7 +184,9 @@ def test_the_plan_covers_the_question_and_its_commands_set_existing_params(monke
     assert {p.ablation for p in plan["ablation"]} == set(ablations.NAMES) <= set(CHANGES)
     for group in plan.values():  # each has what its points are compared with
         assert {replace(base, topk=p.topk, seed=p.seed) for p in group if p.topk in SCARCE_TOPK} <= set(group)
-    files = {name: yaml.safe_load(Path(name).read_text()) for name in ("params.yaml", "profiles/sweep.yaml")}
+    files = {
+        name: yaml.safe_load(Path(name).read_text(encoding="utf-8")) for name in ("params.yaml", "profiles/sweep.yaml")
+    }
     for group in plan.values():
         for point in group:
             for setting in point.settings("sweep"):
@@ -218,7 +220,8 @@ def test_experiments_are_read_by_their_state_and_params(monkeypatch, tmp_path):
     log = tmp_path / "log"
     log.write_text(
         "Stage 'pretrain' didn't change, skipping\nStage 'dense' is cached - skipping run, checking out outputs\n"
-        "Running stage 'sparse':\n> python\nRunning stage 'evaluate@dsa':\n"
+        "Running stage 'sparse':\n> python\nRunning stage 'evaluate@dsa':\n",
+        encoding="utf-8",
     )
     name, executor = BASE.name("sweep"), {"state": "success", "local": {"log": str(log)}}
     row = sweep.read_experiment(shown(name, BASE, executor=executor), "sweep")
@@ -249,11 +252,13 @@ def test_params_of_another_commit_are_refused(monkeypatch, tmp_path):
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
     for name in ("params.yaml", "profiles/sweep.yaml"):
         Path(name).parent.mkdir(exist_ok=True)
-        Path(name).write_text((ROOT / name).read_text())
+        Path(name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "a"]):
         subprocess.run([*git, *command], check=True)
     monkeypatch.setattr(sweep, "shown", lambda commit: pytest.fail("the params differ"))
-    Path("params.yaml").write_text(Path("params.yaml").read_text().replace("topk: 256", "topk: 128"))
+    Path("params.yaml").write_text(
+        Path("params.yaml").read_text(encoding="utf-8").replace("topk: 256", "topk: 128"), encoding="utf-8"
+    )
     with pytest.raises(SystemExit, match="differ from those of HEAD"):
         sweep.collect("sweep")
 
@@ -266,11 +271,13 @@ def test_an_ablation_has_its_own_name_and_setting():
 
 def test_compare_writes_the_gap_and_its_row_sums(monkeypatch, tmp_path):
     for name in ("params.yaml", "dvc.yaml"):
-        (tmp_path / name).write_text((ROOT / name).read_text())
+        (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
     (tmp_path / "profiles").mkdir()
-    (tmp_path / "profiles/cpu.yaml").write_text((ROOT / "profiles/cpu.yaml").read_text())
-    content = yaml.safe_load((tmp_path / "params.yaml").read_text())
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(content | {"topk": 2}))
+    (tmp_path / "profiles/cpu.yaml").write_text(
+        (ROOT / "profiles/cpu.yaml").read_text(encoding="utf-8"), encoding="utf-8"
+    )
+    content = yaml.safe_load((tmp_path / "params.yaml").read_text(encoding="utf-8"))
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(content | {"topk": 2}), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     Path("data/evaluate").mkdir(parents=True)
     Path("reports/evaluate").mkdir(parents=True)
@@ -279,9 +286,9 @@ def test_compare_writes_the_gap_and_its_row_sums(monkeypatch, tmp_path):
         np.savez(f"data/evaluate/{arm}.npz", **common, **{f"nll_{arm}": nll, f"share_{arm}": share})
         selection = {"mass": [0.8, 1.0], "oracle_mass": [0.9, 1.0], "recall": [0.5, 0.6]}
         numbers = {"arms": {arm: {"retrieval_tokens": share[0]}}, "selection": selection}
-        Path(f"reports/evaluate/{arm}.json").write_text(json.dumps(numbers))
+        Path(f"reports/evaluate/{arm}.json").write_text(json.dumps(numbers), encoding="utf-8")
     compare.main()
-    written = json.loads(Path("reports/compare.json").read_text())
+    written = json.loads(Path("reports/compare.json").read_text(encoding="utf-8"))
     assert written["gap"] == pytest.approx(0.1) and written["gap_beyond_k"] == pytest.approx(0.3)  # position 3 of row 0
     assert written["gap_se"] == pytest.approx((2 * (0.2**2 + 0.2**2)) ** 0.5 / 4, abs=1e-5)
     assert written["share_gap"] == -0.25 and written["mass"] == pytest.approx(0.9)
@@ -289,7 +296,7 @@ def test_compare_writes_the_gap_and_its_row_sums(monkeypatch, tmp_path):
 
 
 def test_a_warmup_of_no_steps_is_valid_and_no_other_stage_of_none():
-    content = yaml.safe_load((ROOT / "profiles/sweep.yaml").read_text())
+    content = yaml.safe_load((ROOT / "profiles/sweep.yaml").read_text(encoding="utf-8"))
     assert params.WarmupTraining.model_validate(content["warmup"] | {"steps": 0}).steps == 0
     for steps in (0, -1):
         with pytest.raises(ValueError, match="steps"):
@@ -298,7 +305,7 @@ def test_a_warmup_of_no_steps_is_valid_and_no_other_stage_of_none():
 
 def test_the_command_line_names_what_is_wrong():
     command = [sys.executable, "-m", "benchmarks.sweep", "queue", "indxer"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode and "indxer" in done.stderr
 
 

@@ -7,6 +7,7 @@ few bytes are not tokenised at all, the others word by word (`dsa.data.counting`
 """
 
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -20,6 +21,8 @@ from itertools import chain, islice
 
 from dsa.data.counting import TokenCounter
 from dsa.data.rows import IGNORE, BadRow, LeftOut, encode, messages_of, pair_of, render, tokenize_pair
+
+log = logging.getLogger(__name__)
 
 BATCH = 256  # rows, read by one process at a time
 ALONE = 4096  # rows that are read before other processes are worth their start
@@ -127,7 +130,12 @@ class Scan:
         if processes == 1 or len(first) < BATCH:
             yield from map(self.read, chain.from_iterable(batches))
             return
-        pool = ProcessPoolExecutor(processes, initializer=start_process, initargs=(self,))
+        try:
+            pool = ProcessPoolExecutor(processes, initializer=start_process, initargs=(self,))
+        except (OSError, NotImplementedError) as error:  # a container whose /dev/shm is missing, full or not writable
+            log.warning("rows are read by one process, for others cannot be started: %s", error)
+            yield from map(self.read, chain.from_iterable(batches))
+            return
         ahead, failure = deque(), None
         try:
             while True:
