@@ -14,7 +14,6 @@ from statistics import median
 
 import markdown_it
 import pandas as pd
-import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from stages import figures, params, preference
@@ -181,7 +180,7 @@ def main() -> None:
     }
     context = {
         "p": p,
-        "params": yaml.safe_dump(yaml.safe_load(Path("params.yaml").read_text()), sort_keys=False).strip(),
+        "params": params.dump(params.read(Path("params.yaml"))).strip(),
         "rows": rows,
         **tables,
         "train": train,

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from stages import params
 from tests.conftest import ROOT
@@ -59,9 +58,9 @@ def would_run(clone, *changes):
     run(["git", "checkout", "-q", "params.yaml", "profiles"], clone)
     for file, edit in changes:
         path = clone / file
-        content = yaml.safe_load(path.read_text())
+        content = params.read(path)
         edit(content)
-        path.write_text(yaml.safe_dump(content))
+        path.write_text(params.dump(content))
     status = json.loads(run(["dvc", "status", "--json"], clone).stdout)
     run(["git", "checkout", "-q", "params.yaml", "profiles"], clone)
     return {
@@ -97,7 +96,7 @@ def downstream(stages, changed):
 
 def resolved(clone):
     """dvc.yaml with its foreach stages spelled out."""
-    stages = yaml.safe_load((clone / "dvc.yaml").read_text())["stages"]
+    stages = params.read(clone / "dvc.yaml")["stages"]
     names = [f"{name}@{item}" if item else name for name in stages for item in stages[name].get("foreach", [None])]
     return {name: params.entry(name, "cpu", clone) for name in names}
 
@@ -169,8 +168,8 @@ def test_an_unknown_param_is_refused(clone, no_identity):
 def smoke(clone, no_identity):
     """The whole pipeline, killed hard once in the middle of sparse training."""
     run(["git", "checkout", "-q", "."], clone)
-    knobs = yaml.safe_load((clone / "params.yaml").read_text())
-    (clone / "params.yaml").write_text(yaml.safe_dump(knobs | {"profile": "smoke"}))
+    knobs = params.read(clone / "params.yaml")
+    (clone / "params.yaml").write_text(params.dump(knobs | {"profile": "smoke"}))
     shutil.rmtree(clone / "reports", ignore_errors=True)
     (clone / "dvc.lock").unlink(missing_ok=True)
     run(["dvc", "repro", "evaluate@dense", "warmup"], clone, **no_identity)
