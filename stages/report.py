@@ -14,10 +14,10 @@ from statistics import median
 
 import markdown_it
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from stages import figures, params, preference
 from stages.common import device_name, write_json
+from stages.markdown import page
 from stages.statistics import Predictions
 
 REPORTS = Path("reports")
@@ -121,7 +121,7 @@ def draw(
 
 def to_html(markdown: str) -> str:
     """One file: the rendered text, with every figure inside."""
-    body = markdown_it.MarkdownIt("commonmark").enable("table").render(markdown)
+    body = markdown_it.MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
 
     def inline(match: re.Match) -> str:
         data = base64.b64encode((REPORTS / match[1]).read_bytes()).decode()
@@ -198,11 +198,7 @@ def main() -> None:
         "device": device_name(),
         "commit": git_commit(),
     }
-    environment = Environment(
-        loader=FileSystemLoader("stages"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.globals["zip"] = zip
-    markdown = environment.get_template("report.md.jinja").render(context)
+    markdown = page(Path(__file__).with_name("report.md.jinja"), context)
     (REPORTS / "report.md").write_text(markdown, encoding="utf-8")
     (REPORTS / "report.html").write_text(to_html(markdown), encoding="utf-8")
     write_json(REPORTS / "summary.json", summary)
