@@ -59,6 +59,33 @@ def compare(predictions: Predictions, arms: dict, names: tuple[str, ...], refere
     return table
 
 
+def checked(p: params.Params, data: dict, base: dict | None, train: dict, dpo: dict) -> dict:
+    """What the page says in words, from what the stages wrote down."""
+
+    def of_corpus(name: str) -> bool:
+        return data["download"][name]["source"] == "python-packages"
+
+    def unit(split_by: str, name: str) -> str:
+        return "prompt" if split_by == "prompt" else "file family" if of_corpus(name) else "data source"
+
+    unit_of_rows = unit(p.data.split_by, "sft")
+    families = set(data["download"].get("python_packages", {}).get("test_families", []))
+    known = base is not None and unit_of_rows == "file family"
+    runs = (*train.values(), *dpo.values())
+    devices = sorted({m["run"]["device"] for m in runs})
+    return {
+        "base_saw_no_family": known and families <= set(base["held_out_families"]),
+        "unit": unit_of_rows,
+        "pair_units": {"file family": "file families"}.get(u := unit(p.preference.split_by, "preference"), f"{u}s"),
+        "answers": ("right", "wrong") if of_corpus("preference") else ("chosen", "rejected"),
+        "same_training": len({(train[n]["rows"], train[n]["tokens"]) for n in ("dense", "sparse", "window")}) == 1,
+        "same_pairs": len({(m["pairs"], m["tokens"]) for m in dpo.values()}) == 1,
+        "devices": devices,
+        "on_cpu": all(device.startswith("CPU") for device in devices),
+        "precisions": sorted({m["precision"] for m in runs}),
+    }
+
+
 def git_commit() -> str:
     try:
         done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
@@ -168,7 +195,8 @@ def main() -> None:
     }
     selections = {"warmup": evaluations["warmup"]["selection"], "dsa": evaluations["dsa"]["selection"]}
     FIGURES.mkdir(parents=True, exist_ok=True)
-    base = json.loads(Path(EMBEDDED, "pretrain.json").read_text()) if EMBEDDED in p.model.source else None
+    embedded = data["model"]["source"] == EMBEDDED
+    base = json.loads(Path(EMBEDDED, "pretrain.json").read_text(encoding="utf-8")) if embedded else None
     draw(p, predictions, tables, selections, curves, cost, data["filter"]["length_histogram"], base)
     rows = {row["arm"]: row for table in ("trained", "untrained") for row in tables[table]}
     summary = {
@@ -184,6 +212,7 @@ def main() -> None:
         "rows": rows,
         **tables,
         "train": train,
+        "checked": checked(p, data, base, train, dpo),
         "data": data,
         "base": base,
         "cost": cost,

@@ -2,14 +2,11 @@
 
 import json
 import re
-import shutil
-from pathlib import Path
 
 import markdown_it
 import pytest
 
 from benchmarks import failures_report, long_context_report, sweep_report
-from stages import preference, report
 from stages.markdown import block, code, escape
 from tests.conftest import ROOT
 
@@ -62,68 +59,6 @@ def test_a_name_reads_as_it_is_written(text):
     for entity, character in (("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&amp;", "&")):
         shown = shown.replace(entity, character)
     assert shown.strip() == re.sub(r"\s+", " ", one_line)
-
-
-class SomePredictions:
-    """Numbers of the shape of `stages.statistics.Predictions`; which, is of no importance to what is text."""
-
-    def __init__(self, *args):
-        pass
-
-    def first(self, count):
-        return self
-
-    def agreement(self, *args):
-        return 0.9
-
-    def gap(self, *args, **kwargs):
-        return 0.1, 0.01
-
-    lookups = gap
-
-    def summary(self, *args):
-        return {"loss": 1.0, "gap": 0.1, "gap_se": 0.01, "retrieval": 0.1, "retrieval_tokens": 0.1}
-
-
-@pytest.fixture
-def report_with(tmp_path, monkeypatch):
-    """report.md and report.html of the committed numbers, with another text for every string in them."""
-    for name in ("reports", "profiles"):
-        shutil.copytree(ROOT / name, tmp_path / name)
-    for name in ("params.yaml", "dvc.yaml", "data/base/pretrain.json"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(report, "Predictions", SomePredictions)
-    monkeypatch.setattr(report, "draw", lambda *args: None)
-    pair, names = (0.5, 0.01), ("accuracy", "margin", "before", "after", "chosen", "kl", "lm_loss")
-    difference = dict.fromkeys(("accuracy", "margin", "after"), pair)
-
-    def summarize(metrics, beta, predictions):
-        arms = {arm: dict.fromkeys(names, pair) | {"generations": m["generations"]} for arm, m in metrics.items()}
-        counts = {"held_out_pairs": 4, "units": 4, "pairs": 4}
-        return {"arms": arms, "difference": difference, "differs": dict.fromkeys(difference, False)} | counts
-
-    monkeypatch.setattr(preference, "summarize", summarize)
-
-    def write(text):
-        for path in Path("reports").glob("*/*.json"):
-            content = json.loads((ROOT / path).read_text())
-            content.pop("python_packages", None)  # as with data that are not made here
-            content |= {key: {"a": {"rows": 1}} for key in ("bad_rows",) if key in content}
-            content |= {key: {"a": {"acc": 0.5}} for key in ("tasks",) if key in content}
-            path.write_text(json.dumps(replaced(content, text)))
-        report.main()
-        return Path("reports/report.md").read_text(), Path("reports/report.html").read_text()
-
-    return write
-
-
-def test_no_text_of_data_or_model_changes_the_report(report_with):
-    plain, plain_html = report_with("x")
-    hostile, hostile_html = report_with(HOSTILE)
-    assert structure(hostile) == structure(plain)
-    assert re.findall("<[^> ]+", hostile_html) == re.findall("<[^> ]+", plain_html)
 
 
 @pytest.mark.parametrize(
