@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from stages.markdown import page
 from stages.statistics import mean_with_error
 
 TOLERANCE = 0.01  # nats a token, one per cent of perplexity: the smallest loss that matters
@@ -69,9 +69,5 @@ def write(found: dict, path: Path) -> None:
 
 
 def render(template: str, context: dict, **filters: Callable) -> str:
-    """A page of this folder's templates; a name that is missing in the context is an error."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= filters
-    return environment.get_template(template).render(context)
+    """A page of this folder's templates."""
+    return page(Path(__file__).parent / template, context, **filters)

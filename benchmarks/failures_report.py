@@ -1,12 +1,13 @@
 """reports/failures.md and its figures from the numbers of benchmarks/failures.py."""
 
-import re
 from pathlib import Path
 
 import numpy as np
+from markupsafe import Markup
 
 from benchmarks.common import TOLERANCE, render
 from stages.figures import COLORS, plt, save
+from stages.markdown import code
 
 LAYERS_SHOWN = 4  # of a token: those where the indexer misses most
 NAMES = {
@@ -24,29 +25,9 @@ TITLES = {"base": "base model's weights", "trained": "after training", "change":
 TONES = {"base": COLORS["warmup"], "trained": COLORS["dsa"], "change": COLORS["oracle"]}
 
 
-def visible(text: str, *, lines: bool = False) -> str:
-    """Text that shows what is in it: control characters as escapes. lines: line breaks and tabs stay."""
-    keep = "\n\t" if lines else ""
-    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
-
-
-def ticks(text: str, least: int) -> str:
-    """Backticks enough to enclose a text."""
-    return "`" * max(least, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-
-
-def code(text: str) -> str:
-    """A token as a code span in a cell of a table: spaces and line breaks shown, bars escaped."""
-    text = visible(text.replace(" ", "␣").replace("\n", "⏎")).replace("|", "\\|")
-    fence, pad = ticks(text, 1), " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{fence}{pad}{text}{pad}{fence}" if text else "(nothing)"
-
-
-def block(text: str) -> str:
-    """A text as a fenced block."""
-    text = visible(text, lines=True)
-    fence = ticks(text, 3)
-    return f"{fence}text\n{text}\n{fence}"
+def token(text: str) -> Markup:
+    """A token as a code span, its spaces shown too."""
+    return code(text.replace(" ", "␣"))
 
 
 def verdict(e: dict) -> str:
@@ -174,5 +155,5 @@ def write_report(found: dict, folder: Path) -> None:
         "worse": int((gaps > 0).sum()),
         "best_rows": gaps[: len(worst["shown"])].tolist(),
     }
-    text = render("failures.md.jinja", context, code=code, block=block, verdict=verdict, layers_of=layers_of)
+    text = render("failures.md.jinja", context, token=token, verdict=verdict, layers_of=layers_of)
     (folder / "failures.md").write_text(text + "\n", encoding="utf-8")

@@ -107,6 +107,8 @@ def collect(profile: str, commit: str = "HEAD") -> dict:
         if len(found) > 1:
             raise SweepError(f"the experiments were not scored on the same held-out rows: {name} differ")
         common[name] = list(found.pop()) if found else []
+    if (p.dense.steps, p.dense.batch_size) != (p.sparse.steps, p.sparse.batch_size):
+        raise SweepError(f"profile {profile}: dense and sparse do not train on the same rows")
     return {
         "profile": profile,
         "base": asdict(base_point(profile)),

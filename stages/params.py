@@ -9,11 +9,11 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import reduce
+from io import StringIO
 from operator import getitem
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -24,6 +24,7 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
+from ruamel.yaml import YAML, YAMLError
 
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
@@ -59,7 +60,7 @@ Ablation = Literal["none", "rope_none", "rope_all", "no_kl", "per_kv_head"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Indexer(Section):
@@ -227,12 +228,25 @@ class Declared:
         raise ParamsError(f"dvc.yaml: {self._stage}: reads the param {path}, but does not declare it")
 
 
+def yaml() -> YAML:
+    """YAML 1.2, which is what DVC reads and writes: 1e-5 is a number, no and on are words."""
+    dialect = YAML(typ="safe", pure=True)
+    dialect.default_flow_style, dialect.sort_base_mapping_type_on_output = False, False
+    return dialect
+
+
+def dump(content: dict) -> str:
+    text = StringIO()
+    yaml().dump(content, text)
+    return text.getvalue()
+
+
 def read(path: Path) -> dict:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml().load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ParamsError(f"{path}: no such file") from None
-    except yaml.YAMLError as error:
+    except YAMLError as error:
         raise ParamsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ParamsError(f"{path}: expected keys and values")

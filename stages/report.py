@@ -13,11 +13,10 @@ from statistics import median
 
 import markdown_it
 import pandas as pd
-import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from stages import figures, params, preference
 from stages.common import device_name, git_commit, write_json
+from stages.markdown import page
 from stages.statistics import Predictions
 
 REPORTS = Path("reports")
@@ -57,6 +56,33 @@ def compare(predictions: Predictions, arms: dict, names: tuple[str, ...], refere
             }
         )
     return table
+
+
+def checked(p: params.Params, data: dict, base: dict | None, train: dict, dpo: dict) -> dict:
+    """What the page says in words, from what the stages wrote down."""
+
+    def of_corpus(name: str) -> bool:
+        return data["download"][name]["source"] == "python-packages"
+
+    def unit(split_by: str, name: str) -> str:
+        return "prompt" if split_by == "prompt" else "file family" if of_corpus(name) else "data source"
+
+    unit_of_rows = unit(p.data.split_by, "sft")
+    families = set(data["download"].get("python_packages", {}).get("test_families", []))
+    known = base is not None and unit_of_rows == "file family"
+    runs = (*train.values(), *dpo.values())
+    devices = sorted({m["run"]["device"] for m in runs})
+    return {
+        "base_saw_no_family": known and families <= set(base["held_out_families"]),
+        "unit": unit_of_rows,
+        "pair_units": {"file family": "file families"}.get(u := unit(p.preference.split_by, "preference"), f"{u}s"),
+        "answers": ("right", "wrong") if of_corpus("preference") else ("chosen", "rejected"),
+        "same_training": len({(train[n]["rows"], train[n]["tokens"]) for n in ("dense", "sparse", "window")}) == 1,
+        "same_pairs": len({(m["pairs"], m["tokens"]) for m in dpo.values()}) == 1,
+        "devices": devices,
+        "on_cpu": all(device.startswith("CPU") for device in devices),
+        "precisions": sorted({m["precision"] for m in runs}),
+    }
 
 
 def cost_spread(cost: dict) -> tuple[float, float]:
@@ -113,7 +139,7 @@ def draw(
 
 def to_html(markdown: str) -> str:
     """One file: the rendered text, with every figure inside."""
-    body = markdown_it.MarkdownIt("commonmark").enable("table").render(markdown)
+    body = markdown_it.MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
 
     def inline(match: re.Match) -> str:
         data = base64.b64encode((REPORTS / match[1]).read_bytes()).decode()
@@ -160,7 +186,7 @@ def main() -> None:
     }
     selections = {"warmup": evaluations["warmup"]["selection"], "dsa": evaluations["dsa"]["selection"]}
     FIGURES.mkdir(parents=True, exist_ok=True)
-    embedded = EMBEDDED in p.model.source
+    embedded = data["model"]["source"] == EMBEDDED
     base = json.loads(Path(EMBEDDED, "pretrain.json").read_text(encoding="utf-8")) if embedded else None
     draw(p, predictions, tables, selections, curves, cost, data["filter"]["length_histogram"], base)
     rows = {row["arm"]: row for table in ("trained", "untrained") for row in tables[table]}
@@ -173,10 +199,11 @@ def main() -> None:
     }
     context = {
         "p": p,
-        "params": yaml.safe_dump(params.read(Path("params.yaml")), sort_keys=False).strip(),
+        "params": params.dump(params.read(Path("params.yaml"))).strip(),
         "rows": rows,
         **tables,
         "train": train,
+        "checked": checked(p, data, base, train, dpo),
         "data": data,
         "base": base,
         "cost": cost,
@@ -191,11 +218,7 @@ def main() -> None:
         "device": device_name(),
         "commit": git_commit(),
     }
-    environment = Environment(
-        loader=FileSystemLoader("stages"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.globals["zip"] = zip
-    markdown = environment.get_template("report.md.jinja").render(context)
+    markdown = page(Path(__file__).with_name("report.md.jinja"), context)
     (REPORTS / "report.md").write_text(markdown, encoding="utf-8")
     (REPORTS / "report.html").write_text(to_html(markdown), encoding="utf-8")
     write_json(REPORTS / "summary.json", summary)

@@ -18,6 +18,7 @@ from stages.params import ParamsError, Training, dependencies
 
 LONG = Path("data/long")
 CHECKPOINTS = 5  # a run
+PRECISIONS = {"bf16": "bfloat16 autocast", "no": "float32"}
 LOGGED = ("lm_loss", "kl", "learning_rate", "grad_norm")
 
 
@@ -80,8 +81,25 @@ def last_checkpoint(folder: Path) -> str | None:
     return None
 
 
+def ignore_launcher() -> None:
+    """Let accelerate's launcher, and the user's config of it, say where to run and nothing about how.
+
+    They speak by environment variables, which a Trainer takes for its defaults: without them what it is given holds.
+    Raises ParamsError for what cannot be put aside, or would be true of this stage alone.
+    """
+    asked = {name.removeprefix("ACCELERATE_") for name, value in os.environ.items() if value.lower() in ("true", "1")}
+    if sharded := asked & {"USE_DEEPSPEED", "USE_FSDP", "USE_MEGATRON_LM", "USE_PARALLELISM_CONFIG"}:
+        raise ParamsError(f"accelerate's config: {sharded.pop().lower()}: processes here share the batch and no more")
+    if "USE_CPU" in asked and torch.cuda.is_available():
+        raise ParamsError("accelerate's config: use_cpu: hide the GPU from all stages, by CUDA_VISIBLE_DEVICES=")
+    for name in list(os.environ):
+        if name == "ACCELERATE_MIXED_PRECISION" or name.startswith("ACCELERATE_DYNAMO_"):
+            del os.environ[name]
+
+
 def trainer_options(section: Training, folder: Path, seed: int) -> dict:
     """What TrainingArguments, and TRL's configs on top of them, take from a stage's params and this machine."""
+    ignore_launcher()
     micro, accumulation = split_batch(section.batch_size)
     return {
         "output_dir": str(folder),
@@ -129,7 +147,7 @@ def run(trainer: Trainer, folder: Path) -> dict:
         "tokens_per_second": tokens_per_second,
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "resumed_at_step": resumed_at,
-        "precision": "bfloat16 autocast" if trainer.args.bf16 else "float32",
+        "precision": PRECISIONS[trainer.accelerator.mixed_precision],
     }
 
 

@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-import yaml
 
 from stages import check, params
 from tests.conftest import ROOT
@@ -22,10 +21,10 @@ def root(tmp_path, monkeypatch):
 
 
 def change(path, **sections):
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = params.read(path)
     for section, values in sections.items():
         content[section] = content[section] | values if isinstance(values, dict) else values
-    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    path.write_text(params.dump(content), encoding="utf-8")
 
 
 @pytest.mark.parametrize("profile", ["cpu", "smoke", "sweep", "qwen2.5-0.5b"])

@@ -92,4 +92,4 @@ if __name__ == "__main__":
     trainer = trainer_for(model_for(small_model(), "sparse"), out.parent, 2, 1, STEPS, ROWS)
     result = training.run(trainer, out.parent / "none")
     if trainer.is_world_process_zero():
-        out.write_text(json.dumps({"losses": losses(trainer), "tokens": result["tokens"]}))
+        out.write_text(json.dumps({"losses": losses(trainer), "tokens": result["tokens"]}), encoding="utf-8")

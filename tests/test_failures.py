@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import markdown_it
 import numpy as np
 import pytest
 import torch
@@ -12,7 +11,7 @@ from transformers import AutoTokenizer
 from benchmarks import failures
 from benchmarks.common import interval, student
 from benchmarks.failures import decomposition, distribution, quarters
-from benchmarks.failures_report import block, code, verdict, write_report
+from benchmarks.failures_report import verdict, write_report
 from benchmarks.probes import MissedKeys, QueryStatistics, losses, sparse_in
 from dsa import from_dense, index_scores
 from dsa.evaluation.predictions import attention_mass, observe_dense
@@ -198,19 +197,6 @@ def test_verdicts():
     assert said(0.001, 0.005).startswith("a loss, of less than") and said(-0.005, -0.001).startswith("a gain, of less")
     assert "less than 0.01 nats either way" in said(-0.001, 0.005)
     assert "not excluded" in said(-0.001, 0.02) and "not excluded" in said(-0.02, 0.001)
-
-
-@pytest.mark.parametrize("text", ["a|b", "``x`", "`", "<|im_end|>", "<b>", "*_x_*", "\\", "[a](b)", "\x00\x1b"])
-def test_tokens_stay_what_they_are_in_a_table(text):
-    render = markdown_it.MarkdownIt("commonmark").enable("table")
-    cells = [t for t in render.parse(f"| a | b |\n|---|---|\n| {code(text)} | y |\n") if t.type == "inline"]
-    (span,) = cells[2].children
-    shown = text.replace("\x00\x1b", "\\x00\\x1b")
-    assert (span.type, span.content, cells[3].content) == ("code_inline", shown, "y")
-    fenced = block("x\n```\n" + text + "\n````\n# y")
-    tokens = render.parse(f"before\n\n{fenced}\n\nafter")
-    assert [t.type for t in tokens if t.type in ("fence", "heading_open")] == ["fence"]
-    assert tokens[3].content == f"x\n```\n{shown}\n````\n# y\n"
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from stages import params
 from stages.common import read_rows
 from tests.conftest import SHARED
 from tests.hub import Hub
@@ -78,7 +78,7 @@ def full(tmp_path_factory):
         hub.add("dataset", "deepctrl/deepctrl-sft-data", {"sft_data_zh.jsonl": sft_rows()})
         hub.add("dataset", "m-a-p/COIG-P", preference_shards())
         path = clone / f"profiles/{PROFILE}.yaml"
-        profile = yaml.safe_load(path.read_text(encoding="utf-8"))
+        profile = params.read(path)
         profile["model"]["source"] = ["hf://Qwen/Qwen2.5-0.5B@main", *profile["model"]["source"][1:]]
         profile["model"]["sha256"]["model.safetensors"] = weights
         profile["data"] |= {"samples": 24, "max_length": 1152, "test_fraction": 0.25, "max_bad_rows": len(BAD)}
@@ -90,9 +90,9 @@ def full(tmp_path_factory):
         profile["evaluate"] |= short | {"retrieval": {"lengths": [1024], "depths": 2, "rows": 1}}
         profile["harness"]["tasks"] = []
         profile["benchmark"] |= {"topk": [256], "decode": [1024], "prefill": [1024], "train": [256], "repeats": 1}
-        path.write_text(yaml.safe_dump(profile), encoding="utf-8")
-        params = yaml.safe_load((clone / "params.yaml").read_text(encoding="utf-8"))
-        (clone / "params.yaml").write_text(yaml.safe_dump(params | {"profile": PROFILE}), encoding="utf-8")
+        path.write_text(params.dump(profile))
+        knobs = params.read(clone / "params.yaml")
+        (clone / "params.yaml").write_text(params.dump(knobs | {"profile": PROFILE}))
         shutil.rmtree(clone / "reports")
         (clone / "dvc.lock").unlink()
         environment = {
@@ -176,8 +176,8 @@ def test_the_report_says_where_everything_came_from(full):
 def test_without_a_network_one_line_says_what_to_set(tmp_path):
     """No hub answers: which hosts could not be reached, and which setting helps."""
     clone = copy_of_project(tmp_path / "project")
-    params = yaml.safe_load((clone / "params.yaml").read_text(encoding="utf-8"))
-    (clone / "params.yaml").write_text(yaml.safe_dump(params | {"profile": PROFILE}), encoding="utf-8")
+    knobs = params.read(clone / "params.yaml")
+    (clone / "params.yaml").write_text(params.dump(knobs | {"profile": PROFILE}))
     nobody = "http://127.0.0.1:9"
     environment = {"HF_ENDPOINT": nobody, "MODELSCOPE_ENDPOINT": nobody, "HF_HUB_OFFLINE": "0"}
     environment |= {"HF_HOME": str(tmp_path), "DSA_SCRATCH": str(tmp_path)}

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 from transformers import AutoTokenizer
 
 from dsa import Qwen2DSAForCausalLM, from_dense
@@ -84,7 +83,7 @@ def write_tasks(folder, rows: list[dict]) -> dict[str, str]:
         },
     }
     for name, task in tasks.items():
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | common | task), encoding="utf-8")
+        (folder / f"{name}.yaml").write_text(params.dump({"task": name} | common | task))
     return {name: str(folder / f"{name}.yaml") for name in tasks}
 
 
@@ -112,11 +111,11 @@ def run(request, tmp_path_factory):
     model.save_pretrained(root / f"models/{arm}")
     tokenizer.save_pretrained(root / f"models/{arm}")
 
-    tasks = write_tasks(root / harness.TASKS, rows)
-    profile = yaml.safe_load((ROOT / "profiles/cpu.yaml").read_text(encoding="utf-8"))
+    tasks = write_tasks(root, rows)
+    profile = params.read(ROOT / "profiles/cpu.yaml")
     profile["harness"] |= {"tasks": list(tasks.values()), "limit": LIMIT}
     (root / "profiles").mkdir()
-    (root / "profiles/cpu.yaml").write_text(yaml.safe_dump(profile), encoding="utf-8")
+    (root / "profiles/cpu.yaml").write_text(params.dump(profile))
     for name in ("params.yaml", "dvc.yaml"):
         (root / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
     selected, select = [], Qwen2DSAAttention.select

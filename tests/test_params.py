@@ -2,7 +2,7 @@ import ast
 import shutil
 
 import pytest
-import yaml
+from dvc.utils.serialize import dumps_yaml, loads_yaml
 
 from stages import harness, params
 from tests.conftest import ROOT
@@ -17,8 +17,8 @@ def root(tmp_path):
 
 
 def change(path, **changes):
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    path.write_text(yaml.safe_dump(content | changes), encoding="utf-8")
+    content = params.read(path)
+    path.write_text(params.dump(content | changes))
 
 
 @pytest.mark.parametrize("profile", sorted(p.stem for p in (ROOT / "profiles").glob("*.yaml")))
@@ -88,7 +88,7 @@ def test_a_stage_cannot_read_what_it_does_not_declare(root):
 
 def test_every_stage_reads_its_params_through_its_own_declaration():
     """Each stage module loads its params by its own name, so the check above holds for all of them."""
-    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    stages = params.read(ROOT / "dvc.yaml")["stages"]
     for name in stages:
         tree = ast.parse((ROOT / f"stages/{name}.py").read_text(encoding="utf-8"))
         loads = [
@@ -110,7 +110,7 @@ def test_a_local_source_that_dvc_does_not_watch_is_refused(root, monkeypatch, se
         (path / "a.jsonl").touch()
     (watched / "link").symlink_to(elsewhere)
     (watched / "b.jsonl").symlink_to(elsewhere / "a.jsonl")
-    profile = yaml.safe_load((root / "profiles/cpu.yaml").read_text(encoding="utf-8"))
+    profile = params.read(root / "profiles/cpu.yaml")
 
     def load(source):
         change(root / "profiles/cpu.yaml", **{section: profile[section] | {"source": source}})
@@ -127,7 +127,7 @@ def test_a_local_source_that_dvc_does_not_watch_is_refused(root, monkeypatch, se
 
 def test_what_is_read_from_disk_is_a_dependency():
     """The folders that the check above allows are those that DVC watches."""
-    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    stages = params.read(ROOT / "dvc.yaml")["stages"]
     assert {"data/base", "data/local/model"} <= set(stages["model"]["deps"])
     assert {"pyproject.toml", "data/local/rows"} <= set(stages["download"]["deps"])
     assert harness.TASKS in stages["harness"]["do"]["deps"]
@@ -138,3 +138,32 @@ def test_a_task_that_dvc_does_not_watch_is_refused(tmp_path):
     (tmp_path / "mine.yaml").write_text("task: mine", encoding="utf-8")
     with pytest.raises(params.ParamsError, match=r"harness\.tasks: not in data/local/tasks.*mine\.yaml"):
         harness.check([str(tmp_path / "mine.yaml")])
+
+
+@pytest.mark.parametrize("written", ["1e-5", "1E-5", "+1e-05", "5e-05", "1.0e-5", "0.00001", "1e2", "3"])
+def test_a_number_is_one_however_it_is_written(root, written):
+    """dvc #5971: PyYAML reads YAML 1.1, where 1e-5 is a string."""
+    file = root / "params.yaml"
+    file.write_text(file.read_text().replace("beta: 0.1", f"beta: {written}"))
+    assert params.load(root=root).dpo.beta == float(written)
+    profile = root / "profiles/cpu.yaml"
+    profile.write_text(profile.read_text().replace("learning_rate: 5.0e-4", "learning_rate: 5e-4"))
+    assert params.load(root=root).dense.learning_rate == 5e-4
+
+
+@pytest.mark.parametrize("beta", [1e-5, 0.00005, 1e-300, 0.3])
+def test_what_dvc_writes_is_read(root, beta):
+    """As after `dvc exp run -S dpo.beta=...`."""
+    content = params.read(root / "params.yaml")
+    content["dpo"]["beta"] = beta
+    (root / "params.yaml").write_text(dumps_yaml(content))
+    assert params.load(root=root).dpo.beta == beta
+    assert params.read(root / "params.yaml") == loads_yaml(params.dump(content)) == content
+
+
+@pytest.mark.parametrize("written", ["yes", "'0.1'", ".nan", ".inf", "0.1.0", "1e", "0x"])
+def test_what_is_no_number_is_named(root, written):
+    file = root / "params.yaml"
+    file.write_text(file.read_text().replace("beta: 0.1", f"beta: {written}"))
+    with pytest.raises(SystemExit, match=r"params.yaml: dpo.beta"):
+        params.load(root=root)

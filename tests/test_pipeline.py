@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from stages import params
 from tests.conftest import ROOT
@@ -60,9 +59,9 @@ def would_run(clone, *changes):
     run(["git", "checkout", "-q", "params.yaml", "profiles"], clone)
     for file, edit in changes:
         path = clone / file
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = params.read(path)
         edit(content)
-        path.write_text(yaml.safe_dump(content), encoding="utf-8")
+        path.write_text(params.dump(content))
     status = json.loads(run(["dvc", "status", "--json"], clone).stdout)
     run(["git", "checkout", "-q", "params.yaml", "profiles"], clone)
     return {
@@ -98,7 +97,7 @@ def downstream(stages, changed):
 
 def resolved(clone):
     """dvc.yaml with its foreach stages spelled out."""
-    stages = yaml.safe_load((clone / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    stages = params.read(clone / "dvc.yaml")["stages"]
     names = [f"{name}@{item}" if item else name for name in stages for item in stages[name].get("foreach", [None])]
     return {name: params.entry(name, "cpu", clone) for name in names}
 
@@ -170,8 +169,8 @@ def test_an_unknown_param_is_refused(clone, no_identity):
 def smoke(clone, no_identity):
     """The whole pipeline, killed hard once in the middle of sparse training."""
     run(["git", "checkout", "-q", "."], clone)
-    knobs = yaml.safe_load((clone / "params.yaml").read_text(encoding="utf-8"))
-    (clone / "params.yaml").write_text(yaml.safe_dump(knobs | {"profile": "smoke"}), encoding="utf-8")
+    knobs = params.read(clone / "params.yaml")
+    (clone / "params.yaml").write_text(params.dump(knobs | {"profile": "smoke"}))
     shutil.rmtree(clone / "reports", ignore_errors=True)
     (clone / "dvc.lock").unlink(missing_ok=True)
     run(["dvc", "repro", "evaluate@dense", "warmup"], clone, **no_identity)
@@ -263,13 +262,13 @@ def test_a_local_source_that_was_edited_is_read_again(clone, no_identity):
         return b"".join(gzip.decompress(path.read_bytes()) for path in (clone / "data/raw").iterdir()).decode()
 
     path = clone / "profiles/smoke.yaml"
-    profile = yaml.safe_load(path.read_text(encoding="utf-8"))
+    profile = params.read(path)
     profile["data"] |= {"source": "data/local/rows/sft.jsonl", "samples": 1}
     profile["preference"] |= {"source": "data/local/rows/pairs.jsonl", "pairs": 1}
-    params = yaml.safe_load((clone / "params.yaml").read_text(encoding="utf-8"))
+    knobs = params.read(clone / "params.yaml")
     try:
-        path.write_text(yaml.safe_dump(profile), encoding="utf-8")
-        (clone / "params.yaml").write_text(yaml.safe_dump(params | {"profile": "smoke"}), encoding="utf-8")
+        path.write_text(params.dump(profile), encoding="utf-8")
+        (clone / "params.yaml").write_text(params.dump(knobs | {"profile": "smoke"}), encoding="utf-8")
         write("one")
         assert raw().count("one") == 2
         write("two")

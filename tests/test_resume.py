@@ -41,8 +41,8 @@ def test_a_checkpoint_of_other_code_data_or_libraries_is_not_continued(project, 
         path.write_bytes(before + b"#")
         assert checkpoints(stage) != first, path
         path.write_bytes(before)
-    edited = Path("profiles/cpu.yaml").read_text().replace("learning_rate: ", "learning_rate: 1")
-    Path("profiles/cpu.yaml").write_text(edited)
+    edited = Path("profiles/cpu.yaml").read_text(encoding="utf-8").replace("learning_rate: ", "learning_rate: 1")
+    Path("profiles/cpu.yaml").write_text(edited, encoding="utf-8")
     assert checkpoints(stage) != first
     shutil.copy(ROOT / "profiles/cpu.yaml", "profiles/cpu.yaml")
     assert checkpoints(stage) == first
@@ -54,11 +54,11 @@ def test_a_checkpoint_of_other_code_data_or_libraries_is_not_continued(project, 
 
 def test_what_a_stage_does_not_depend_on_keeps_its_checkpoint(project):
     first = {stage: checkpoints(stage) for stage in TRAINED}
-    Path("stages/report.py").write_text("")
+    Path("stages/report.py").write_text("", encoding="utf-8")
     Path("dsa/kernels/__pycache__").mkdir()
     Path("dsa/kernels/__pycache__/select.pyc").write_bytes(b"made by the first run")
-    knobs = Path("params.yaml").read_text()
-    Path("params.yaml").write_text(knobs.replace("topk: 256", "topk: 128"))
+    knobs = Path("params.yaml").read_text(encoding="utf-8")
+    Path("params.yaml").write_text(knobs.replace("topk: 256", "topk: 128"), encoding="utf-8")
     changed = {stage for stage in TRAINED if checkpoints(stage) != first[stage]}
     assert changed == {"sparse", "window"}
 
@@ -134,7 +134,8 @@ def test_every_stage_with_a_scratch_folder_holds_it(project, tmp_path_factory, m
     monkeypatch.setenv("DSA_SCRATCH", str(tmp_path_factory.mktemp("scratch")))
     uri = "hf://datasets/owner/name/rows.jsonl"
     profile = Path("profiles/cpu.yaml")
-    profile.write_text(profile.read_text().replace("source: python-packages", f"source: {uri}"))
+    changed = profile.read_text(encoding="utf-8").replace("source: python-packages", f"source: {uri}")
+    profile.write_text(changed, encoding="utf-8")
     shutil.rmtree("models/base")
     shutil.copytree(ROOT / "data/base", "models/base")
     p = params.load()

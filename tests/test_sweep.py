@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import yaml
 from transformers import TrainingArguments
 
 from benchmarks import sweep
@@ -184,9 +183,7 @@ def test_the_plan_covers_the_question_and_its_commands_set_existing_params(monke
     assert {p.ablation for p in plan["ablation"]} == set(ablations.NAMES) <= set(CHANGES)
     for group in plan.values():  # each has what its points are compared with
         assert {replace(base, topk=p.topk, seed=p.seed) for p in group if p.topk in SCARCE_TOPK} <= set(group)
-    files = {
-        name: yaml.safe_load(Path(name).read_text(encoding="utf-8")) for name in ("params.yaml", "profiles/sweep.yaml")
-    }
+    files = {name: params.read(Path(name)) for name in ("params.yaml", "profiles/sweep.yaml")}
     for group in plan.values():
         for point in group:
             for setting in point.settings("sweep"):
@@ -197,7 +194,7 @@ def test_the_plan_covers_the_question_and_its_commands_set_existing_params(monke
                 for part in path:
                     content = content[part]
                 assert last in content, setting
-                content[last] = yaml.safe_load(value)
+                content[last] = params.yaml().load(value)
             merged = params.merge(files["params.yaml"], files["profiles/sweep.yaml"], "profiles/sweep.yaml")
             params.Params.model_validate(merged)
     names = [p.name("sweep") for group in plan.values() for p in group]
@@ -273,11 +270,9 @@ def test_compare_writes_the_gap_and_its_row_sums(monkeypatch, tmp_path):
     for name in ("params.yaml", "dvc.yaml"):
         (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
     (tmp_path / "profiles").mkdir()
-    (tmp_path / "profiles/cpu.yaml").write_text(
-        (ROOT / "profiles/cpu.yaml").read_text(encoding="utf-8"), encoding="utf-8"
-    )
-    content = yaml.safe_load((tmp_path / "params.yaml").read_text(encoding="utf-8"))
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(content | {"topk": 2}), encoding="utf-8")
+    (tmp_path / "profiles/cpu.yaml").write_text((ROOT / "profiles/cpu.yaml").read_text())
+    content = params.read(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text(params.dump(content | {"topk": 2}))
     monkeypatch.chdir(tmp_path)
     Path("data/evaluate").mkdir(parents=True)
     Path("reports/evaluate").mkdir(parents=True)
@@ -296,7 +291,7 @@ def test_compare_writes_the_gap_and_its_row_sums(monkeypatch, tmp_path):
 
 
 def test_a_warmup_of_no_steps_is_valid_and_no_other_stage_of_none():
-    content = yaml.safe_load((ROOT / "profiles/sweep.yaml").read_text(encoding="utf-8"))
+    content = params.read(ROOT / "profiles/sweep.yaml")
     assert params.WarmupTraining.model_validate(content["warmup"] | {"steps": 0}).steps == 0
     for steps in (0, -1):
         with pytest.raises(ValueError, match="steps"):

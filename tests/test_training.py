@@ -5,12 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DynamoBackend
 from transformers import TrainingArguments
 
 from dsa import from_dense
-from dsa.data.rows import IGNORE, Collator
-from dsa.training.trainer import DSATrainer, Rows, freeze, supports_bf16
-from stages.params import ParamsError
+from dsa.data import IGNORE, Collator
+from dsa.training import DSATrainer, Rows, freeze, supports_bf16
+from stages import training
+from stages.params import ParamsError, Training
 from stages.training import split_batch
 
 
@@ -155,3 +158,37 @@ def test_the_global_batch_is_split_over_processes(monkeypatch):
     assert split_batch(16) == (2, 2)
     with pytest.raises(ParamsError, match="12 rows cannot be split over 4 processes of 2"):
         split_batch(12)
+
+
+@pytest.fixture
+def fresh_accelerate():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("launcher,supported", [("bf16", False), ("no", True), ("fp16", False)])
+def test_accelerates_own_config_sets_no_precision(
+    dense_model, tmp_path, monkeypatch, fresh_accelerate, launcher, supported
+):
+    """transformers #32622: `mixed_precision` of the user's default config came in by the environment."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    monkeypatch.setattr(training, "supports_bf16", lambda: supported)
+    model, seen = model_for(dense_model, "dense"), set()
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    options = training.trainer_options(Training(steps=1, batch_size=2, learning_rate=0.01), tmp_path, seed=0)
+    arguments = TrainingArguments(**options)
+    trainer = DSATrainer(model, arguments, train_dataset=Rows(examples()), data_collator=Collator(0))
+    result = training.run(trainer, tmp_path)
+    assert seen == {torch.bfloat16 if supported else torch.float32}
+    assert result["precision"] == ("bfloat16 autocast" if supported else "float32")
+    assert trainer.accelerator.state.dynamo_plugin.backend == DynamoBackend.NO
+
+
+@pytest.mark.parametrize("name", ["USE_FSDP", "USE_DEEPSPEED", "USE_MEGATRON_LM", "USE_CPU"])
+def test_what_accelerates_config_asks_for_in_vain_is_named(tmp_path, monkeypatch, name):
+    monkeypatch.setenv(f"ACCELERATE_{name}", "True")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ParamsError, match=f"accelerate's config: {name.lower()}"):
+        training.trainer_options(Training(steps=1, batch_size=2, learning_rate=0.01), tmp_path, seed=0)

@@ -125,6 +125,6 @@ def _processor() -> str:
     name = [platform.system(), platform.machine(), platform.processor()]
     if sys.platform == "linux":
         kinds = ("model name", "flags", "CPU part", "Features")
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name += dict.fromkeys(line for line in lines if line.startswith(kinds))
     return "\n".join(name)
