@@ -80,7 +80,6 @@ def checked(p: params.Params, data: dict, base: dict | None, train: dict, dpo: d
         "same_training": len({(train[n]["rows"], train[n]["tokens"]) for n in ("dense", "sparse", "window")}) == 1,
         "same_pairs": len({(m["pairs"], m["tokens"]) for m in dpo.values()}) == 1,
         "devices": devices,
-        "on_cpu": all(device.startswith("CPU") for device in devices),
         "precisions": sorted({m["precision"] for m in runs}),
     }
 
