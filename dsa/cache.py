@@ -7,7 +7,7 @@ layer to add half a KB. Here keys, values and index keys are the heads of buffer
 
 import torch
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicIndexedLayer
+from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer
 
 GROWTH = 1.5  # of a buffer that is full: each token is copied twice on average, whatever the length
 ROOM = 256  # tokens, at least
@@ -71,9 +71,14 @@ class GrowingIndexedLayer(DynamicIndexedLayer):
 
 
 def growing(cache: Cache) -> Cache:
-    """The same cache, its layers on buffers, where it is transformers' dynamic one and still empty."""
+    """The same cache, its layers on buffers, where it is transformers' dynamic one and still empty.
+
+    One that was made without the model's config, or with another's, gets room for index keys here.
+    """
     if isinstance(cache, DynamicCache):
+        if cache.layer_class_to_replicate is DynamicLayer and not cache.layers:
+            cache.layer_class_to_replicate = GrowingIndexedLayer
         for i, layer in enumerate(cache.layers):
-            if type(layer) is DynamicIndexedLayer and not layer.is_initialized:
+            if type(layer) in (DynamicLayer, DynamicIndexedLayer) and not layer.is_initialized:
                 cache.layers[i] = GrowingIndexedLayer()
     return cache

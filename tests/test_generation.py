@@ -67,6 +67,23 @@ def test_chunked_prefill_equals_one_forward(model, ids, chunks):
     assert error_ratio(torch.cat(parts, 1), expected) < 1e-5
 
 
+@pytest.mark.parametrize("made", ["without a config", "with Qwen2's config"])
+def test_a_dynamic_cache_is_taken_however_it_was_made(model, dense_model, ids, made):
+    """fla #569: `DynamicCache()` without a config, which Qwen2 takes."""
+
+    def cache():
+        return DynamicCache() if made == "without a config" else DynamicCache(config=dense_model.config)
+
+    first, second = cache(), cache()
+    parts = [model(ids[:, :25], past_key_values=first).logits, model(ids[:, 25:], past_key_values=first).logits]
+    assert error_ratio(torch.cat(parts, 1), model(ids, use_cache=False).logits) < 1e-5
+    kwargs = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": -1}
+    assert torch.equal(model.generate(ids, past_key_values=second, **kwargs), model.generate(ids, **kwargs))
+    first.crop(-20)
+    again = model(ids[:, 20:], past_key_values=first).logits
+    assert error_ratio(again, model(ids, use_cache=False).logits[:, 20:]) < 1e-5
+
+
 def test_cropping_the_cache_forgets_keys_and_index_keys(model, ids):
     cache = DynamicCache(config=model.config)
     model(ids, past_key_values=cache)
