@@ -12,6 +12,7 @@
 #define BLOCK 16                         // queries that share a tile while it is in L1
 #define HEADS (H < 4 ? H : 4)            // heads at once
 #define QUERIES (H < 3 ? 4 / H : 1)      // queries at once: as many rows of accumulators as four heads
+#define AHEAD (2 * NT)                   // keys between what decoding reads and what it prefetches
 #define INFINITY __builtin_inff()
 
 // What one query has found. scores, keys [cap + LANES]
@@ -35,33 +36,64 @@ static inline vi seen(const struct list *list, vi position) {
 
 static inline vf relu(vf x) { return (vf)((vi)x & ~(x < 0)); }  // keeps NaN
 
-// `queries` queries against one tile. q [queries][H][STEPS], w [queries][H]. Inlined, for each number of queries.
-static inline __attribute__((always_inline)) void rank(const int queries, const number *q, const float *w,
-                                                       const struct tile *tile, struct list *lists) {
+#define INLINE static inline __attribute__((always_inline))  // for each number of queries anew
+
+// acc[r][j] = q[r] . keys c + j * LANES ..  of a tile; q[r] [STEPS]
+INLINE void dots(const int rows, const int nv, vn acc[][6], const number *const q[], const struct tile *tile, int c) {
+#pragma clang loop unroll_count(2)
+    for (int d = 0; d < STEPS; d++)
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int j = 0; j < nv; j++)
+                acc[r][j] = add_product(acc[r][j], q[r][d], load_numbers(tile->k[d] + c + j * LANES));
+}
+
+// The same of one vector of keys that are not packed.
+INLINE void dots_of_rows(const int rows, vn acc[][6], const number *const q[], const struct rows *keys,
+                         struct tile *tile, int c) {
+    const char *later = keys->at + (c + AHEAD) * keys->stride;
+    const int64_t share = LANES * keys->stride * 4 / WORDS;
+    vi bias = {};
+    for (int word = 0; word < WORDS; word += 4) {
+        vi x[4];
+        load_words(x, keys, c, word);
+        for (int64_t i = 0; i < share; i += 64) __builtin_prefetch(later + i, 0, 1);
+        later += share;
+        UNROLL for (int i = 0; i < 4; i++) {
+            vn numbers[PER_WORD];
+            unpack(numbers, x[i]);
+            UNROLL for (int j = 0; j < PER_WORD; j++)
+                UNROLL for (int r = 0; r < rows; r++)
+                    acc[r][0] = add_product(acc[r][0], q[r][(word + i) * PER_WORD + j], numbers[j]);
+            bias = add_bias(bias, x[i]);
+        }
+    }
+    store_int(tile->bias + c, bias);
+}
+
+// `queries` queries against one tile, whose keys are in it, or still in `keys`. q [queries][H][STEPS], w [queries][H]
+INLINE void rank(const int queries, const number *q, const float *w, struct tile *tile, const struct rows *keys,
+                 struct list *lists) {
     const int rows = queries * HEADS;
-    const int nv = REGISTERS == 32 || rows == 1 ? 6 : rows == 2 ? 4 : 2;  // vectors of keys at once, by registers
+    const int nv = keys ? 1 : REGISTERS == 32 || rows == 1 ? 6 : rows == 2 ? 4 : 2;  // vectors of keys at once
     for (int c = 0; c < NT; c += nv * LANES) {
         vf sum[QUERIES][6] = {};
-        UNROLL for (int h0 = 0; h0 < H; h0 += HEADS) {
+        UNROLL for (int h = 0; h < H; h += HEADS) {
+            const int heads = H - h < HEADS ? H - h : HEADS;
+            const number *qs[QUERIES * HEADS];
             vn acc[QUERIES * HEADS][6] = {};
-#pragma clang loop unroll_count(2)
-            for (int d = 0; d < STEPS; d++)
-                UNROLL for (int r = 0; r < rows; r++)
-                    UNROLL for (int j = 0; j < nv; j++)
-                        if (h0 + r % HEADS < H)
-                            acc[r][j] = add_product(acc[r][j], q[(r / HEADS * H + h0 + r % HEADS) * STEPS + d],
-                                                    load_numbers(tile->k[d] + c + j * LANES));
+            UNROLL for (int r = 0; r < queries * heads; r++) qs[r] = q + (r / heads * H + h + r % heads) * STEPS;
+            if (keys) dots_of_rows(queries * heads, acc, qs, keys, tile, c);
+            else dots(queries * heads, nv, acc, qs, tile, c);
 
-            UNROLL for (int r = 0; r < rows; r++)
-                UNROLL for (int j = 0; j < nv; j++)
-                    if (h0 + r % HEADS < H) {
+            UNROLL for (int r = 0; r < queries * heads; r++)
+                UNROLL for (int j = 0; j < nv; j++) {
 #ifdef BYTES
-                        vf x = __builtin_convertvector(acc[r][j] - load_int(tile->bias + c + j * LANES), vf);
+                    vf x = __builtin_convertvector(acc[r][j] - load_int(tile->bias + c + j * LANES), vf);
 #else
-                        vf x = acc[r][j];
+                    vf x = acc[r][j];
 #endif
-                        sum[r / HEADS][j] += w[r / HEADS * H + h0 + r % HEADS] * relu(x);
-                    }
+                    sum[r / heads][j] += w[r / heads * H + h + r % heads] * relu(x);
+                }
         }
         UNROLL for (int m = 0; m < queries; m++)
             UNROLL for (int j = 0; j < nv; j++) {
@@ -181,7 +213,7 @@ void dsa_pack(const char *rows, int64_t stride, const uint8_t *real, int64_t S, 
 // Queries t0 .. t1 - 1 of q [T][H][D], float or int8, and w [T][H], head weights times all scales of q. Query t sees
 // the keys first[t] (or 0, where first is NULL) .. offset + t.
 // keys int32 [T][k], scores float [T][k] or NULL; scratch [2 BLOCK + 4][cap + LANES], cap >= k + NT.
-void dsa_select(const void *q, const float *w, const struct tile *tiles, const int32_t *first, int64_t offset,
+void dsa_select(const void *q, const float *w, struct tile *tiles, const int32_t *first, int64_t offset,
                 int64_t t0, int64_t t1, int64_t k, int64_t cap, int32_t *keys, float *scores, float *scratch) {
     int64_t stride = cap + LANES;
     float *rest = scratch + 2 * BLOCK * stride;
@@ -206,7 +238,7 @@ void dsa_select(const void *q, const float *w, const struct tile *tiles, const i
                     take(&tiles[i], &lists[m]);
                     continue;
                 }
-                rank(QUERIES, qs[m][0], ws[m], &tiles[i], &lists[m]);
+                rank(QUERIES, qs[m][0], ws[m], &tiles[i], 0, &lists[m]);
                 for (int j = m; j < m + QUERIES; j++)
                     if (lists[j].n > cap - NT) shrink(&lists[j], k, rest, stride);
             }
@@ -226,9 +258,10 @@ void dsa_select_one(const void *q, const float *w, const char *rows, int64_t row
     load_queries(qs[0], q, 0, H);
     struct list list = new_list(0, last, 0, scratch, stride);
     struct tile tile;
+    struct rows here;
     for (int64_t s = from; s < to && s <= last; s += NT) {
-        pack(&tile, rows, row_bytes, real, s, S);
-        rank(1, qs[0], w, &tile, &list);
+        describe(&tile, &here, rows, row_bytes, real, s, S);
+        rank(1, qs[0], w, &tile, &here, &list);
         if (list.n > cap - NT) shrink(&list, k, rest, stride);
     }
     finish(&list, k, keys, scores, rest, stride);

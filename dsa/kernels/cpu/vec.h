@@ -57,33 +57,37 @@ static inline uint32_t bits_of(vi mask) {  // lane i, 0 or -1 -> bit i
 
 static inline vi blend(vi mask, vi x, vi y) { return (x & mask) | (y & ~mask); }
 
-// Square blocks of numbers change rows and columns: log2(LANES) rounds exchange blocks of 1, 2, 4, ... numbers.
-static inline void transpose(vi x[LANES]) {
-#define UPPER(i, n) ((i) & (n) ? LANES + (i) - (n) : (i))
-#define LOWER(i, n) ((i) & (n) ? LANES + (i) : (i) + (n))
-#define PICK4(at, i, n) at(i, n), at(i + 1, n), at(i + 2, n), at(i + 3, n)
+// Four words of LANES rows, `stride` bytes apart, turned: lane l of out[i] is word i of row l. Each vector is loaded in
+// parts of four words, of rows i, i + 4, ..; then fours are turned within the parts, which is cheap everywhere.
+static inline void load_columns(vi out[4], const char *rows, int64_t stride) {
+    typedef VECTOR(int32_t, 4) v4;
+    typedef v4 v4_at __attribute__((aligned(1), may_alias));
+#define PART(i, part) (*(const v4_at *)(rows + (i + 4 * (part)) * stride))
+#define PAIR(i, part) __builtin_shufflevector(PART(i, part), PART(i, part + 1), 0, 1, 2, 3, 4, 5, 6, 7)
 #if LANES == 16
-#define PICK(at, n) PICK4(at, 0, n), PICK4(at, 4, n), PICK4(at, 8, n), PICK4(at, 12, n)
+#define EACH(at) at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), \
+                 at(8), at(9), at(10), at(11), at(12), at(13), at(14), at(15)
+#define SAME(l) l
+#define PARTS(i) __builtin_shufflevector(PAIR(i, 0), PAIR(i, 2), EACH(SAME))
 #elif LANES == 8
-#define PICK(at, n) PICK4(at, 0, n), PICK4(at, 4, n)
+#define EACH(at) at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)
+#define PARTS(i) PAIR(i, 0)
 #else
-#define PICK(at, n) PICK4(at, 0, n)
+#define EACH(at) at(0), at(1), at(2), at(3)
+#define PARTS(i) PART(i, 0)
 #endif
-#define EXCHANGE(n)                                                   \
-    UNROLL for (int i = 0; i < LANES; i++) {                          \
-        if (i & (n)) continue;                                        \
-        vi a = x[i], b = x[i + (n)];                                  \
-        x[i] = __builtin_shufflevector(a, b, PICK(UPPER, n));         \
-        x[i + (n)] = __builtin_shufflevector(a, b, PICK(LOWER, n));   \
-    }
-    EXCHANGE(1)
-    EXCHANGE(2)
-#if LANES >= 8
-    EXCHANGE(4)
-#endif
-#if LANES >= 16
-    EXCHANGE(8)
-#endif
+// Of two vectors, part by part: the lower two words of each in turn, the upper two; the lower two of each side by side..
+#define LOW(l) (((l) & 1) * LANES + ((l) & ~3) + ((l) & 2) / 2)
+#define HIGH(l) (LOW(l) + 2)
+#define LOW_PAIRS(l) (((l) & 2) / 2 * LANES + ((l) & ~3) + ((l) & 1))
+#define HIGH_PAIRS(l) (LOW_PAIRS(l) + 2)
+    vi a = PARTS(0), b = PARTS(1), c = PARTS(2), d = PARTS(3);
+    vi ab = __builtin_shufflevector(a, b, EACH(LOW)), ab2 = __builtin_shufflevector(a, b, EACH(HIGH));
+    vi cd = __builtin_shufflevector(c, d, EACH(LOW)), cd2 = __builtin_shufflevector(c, d, EACH(HIGH));
+    out[0] = __builtin_shufflevector(ab, cd, EACH(LOW_PAIRS));
+    out[1] = __builtin_shufflevector(ab, cd, EACH(HIGH_PAIRS));
+    out[2] = __builtin_shufflevector(ab2, cd2, EACH(LOW_PAIRS));
+    out[3] = __builtin_shufflevector(ab2, cd2, EACH(HIGH_PAIRS));
 }
 
 // The lanes of x whose bit is set, side by side at p. Writes up to a whole vector, so p needs LANES of slack.
