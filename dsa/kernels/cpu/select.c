@@ -52,10 +52,12 @@ INLINE void dots_of_rows(const int rows, vn acc[][6], const number *const q[], c
                          struct tile *tile, int c) {
     const char *later = keys->at + (c + AHEAD) * keys->stride;
     const int64_t share = LANES * keys->stride * 4 / WORDS;
+    const char *row[LANES];
+    find(row, keys, c);
     vi bias = {};
     for (int word = 0; word < WORDS; word += 4) {
         vi x[4];
-        load_words(x, keys, c, word);
+        load_columns(x, row, word);
         for (int64_t i = 0; i < share; i += 64) __builtin_prefetch(later + i, 0, 1);
         later += share;
         UNROLL for (int i = 0; i < 4; i++) {

@@ -4,7 +4,7 @@
 // (dsa/indexer.py, pack_int8). Products of int8 are exact in whatever they are computed: as bytes where the processor
 // multiplies them four at once, else as floats.
 #pragma once
-#include "vec.h"
+#include "columns.h"
 
 #define NT 96              // keys in a tile: at D = 64 of floats 24 KB, which stays in L1 while many queries pass over it
 #define NOWHERE INT32_MAX  // position of what is no key
@@ -97,19 +97,20 @@ static inline void describe(struct tile *tile, struct rows *rows, const char *ke
 #endif
 }
 
-// Four words from `word` on of keys c .. c + LANES - 1.
-static inline void load_words(vi x[4], const struct rows *rows, int c, int word) {
-    load_columns(x, rows->at + c * rows->stride + 4 * word, rows->stride);
+static inline void find(const char *row[LANES], const struct rows *rows, int c) {  // keys c .. c + LANES - 1
+    UNROLL for (int l = 0; l < LANES; l++) row[l] = rows->at + (c + l) * rows->stride;
 }
 
 static void pack(struct tile *tile, const char *keys, int64_t stride, const uint8_t *real, int64_t first, int64_t S) {
     struct rows rows;
     describe(tile, &rows, keys, stride, real, first, S);
     for (int c = 0; c < NT; c += LANES) {
+        const char *row[LANES];
+        find(row, &rows, c);
         vi bias = {};
         for (int word = 0; word < WORDS; word += 4) {
             vi x[4];
-            load_words(x, &rows, c, word);
+            load_columns(x, row, word);
             UNROLL for (int i = 0; i < 4; i++) {
                 vn numbers[PER_WORD];
                 unpack(numbers, x[i]);
