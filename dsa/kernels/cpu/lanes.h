@@ -1,4 +1,4 @@
-// Functions of a vector of LN floats; LN is defined before, lane by lane and over the lanes.
+// Functions of a vector of LN floats, lane by lane and over the lanes. LN is defined before.
 #pragma once
 #include "vec.h"
 

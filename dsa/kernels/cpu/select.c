@@ -190,15 +190,17 @@ static struct list new_list(int32_t first, int32_t last, int m, float *scratch, 
     return (struct list){first, last, __builtin_nanf(""), 0, scratch, (int32_t *)(scratch + stride)};
 }
 
-static void load_queries(number *to, const void *q, int64_t from, int n) {
+// Queries t .. t + n - 1 of q [T][H][D], float or int8, and w [T][H].
+static void load_queries(number *to, float *to_w, const void *q, const float *w, float scale, int64_t t, int n) {
 #if defined BYTES
-    __builtin_memcpy(to, (const int8_t *)q + from * D, n * D);
-    for (int i = 0; i < n * STEPS; i++) to[i] ^= 0x80808080;  // + 128 in each byte
+    __builtin_memcpy(to, (const int8_t *)q + t * H * D, n * H * D);
+    for (int i = 0; i < n * H * STEPS; i++) to[i] ^= 0x80808080;  // + 128 in each byte
 #elif defined INT8
-    for (int i = 0; i < n * D; i++) to[i] = ((const int8_t *)q)[from * D + i];
+    for (int i = 0; i < n * H * D; i++) to[i] = ((const int8_t *)q)[t * H * D + i];
 #else
-    __builtin_memcpy(to, (const float *)q + from * D, n * D * sizeof *to);
+    __builtin_memcpy(to, (const float *)q + t * H * D, n * H * D * sizeof *to);
 #endif
+    for (int i = 0; i < n * H; i++) to_w[i] = w[t * H + i] * scale;
 }
 
 int dsa_tile_keys(void) { return NT; }
@@ -212,10 +214,10 @@ void dsa_pack(const char *rows, int64_t stride, const uint8_t *real, int64_t S, 
     for (int64_t i = from; i < to; i++) pack(&tiles[i], rows, stride, real, i * NT, S);
 }
 
-// Queries t0 .. t1 - 1 of q [T][H][D], float or int8, and w [T][H], head weights times all scales of q. Query t sees
-// the keys first[t] (or 0, where first is NULL) .. offset + t.
+// Queries t0 .. t1 - 1 of q [T][H][D], float or int8, and w [T][H], the heads' weights, which `scale` multiplies. Query t
+// sees the keys first[t] (or 0, where first is NULL) .. offset + t.
 // keys int32 [T][k], scores float [T][k] or NULL; scratch [2 BLOCK + 4][cap + LANES], cap >= k + NT.
-void dsa_select(const void *q, const float *w, struct tile *tiles, const int32_t *first, int64_t offset,
+void dsa_select(const void *q, const float *w, float scale, struct tile *tiles, const int32_t *first, int64_t offset,
                 int64_t t0, int64_t t1, int64_t k, int64_t cap, int32_t *keys, float *scores, float *scratch) {
     int64_t stride = cap + LANES;
     float *rest = scratch + 2 * BLOCK * stride;
@@ -223,8 +225,7 @@ void dsa_select(const void *q, const float *w, struct tile *tiles, const int32_t
     float ws[BLOCK][H] = {};
     for (int64_t t = t0; t < t1; t += BLOCK) {
         int n = t1 - t < BLOCK ? t1 - t : BLOCK;
-        load_queries(qs[0][0], q, t * H, n * H);
-        __builtin_memcpy(ws, w + t * H, n * sizeof *ws);
+        load_queries(qs[0][0], ws[0], q, w, scale, t, n);
         struct list lists[BLOCK];
         int64_t begin = INT32_MAX;
         int all_fit = !scores;  // no query sees more than k keys: nothing to rank
@@ -249,36 +250,42 @@ void dsa_select(const void *q, const float *w, struct tile *tiles, const int32_t
     }
 }
 
-// One query, q [H][D] and w [H], and those of the keys from .. to - 1 (from is a multiple of NT) that it sees, all up to
-// `last` but padding: read from rows [S], see pack, and each once. keys, scores [k]; scratch [6][cap + LANES].
-void dsa_select_one(const void *q, const float *w, const char *rows, int64_t row_bytes, const uint8_t *real, int64_t S,
-                    int64_t last, int64_t from, int64_t to, int64_t k, int64_t cap, int32_t *keys, float *scores,
-                    float *scratch) {
+// One query a row, q [B][H][D] and w [B][H], all keys up to `last` but padding, read from rows [B][S] as they are: strides
+// in bytes, see pack. real [B][S] or NULL. The keys of a row are cut into `parts` of `length`, a multiple of NT; this call
+// is for parts from .. to - 1 of the B * parts.  keys, scores [B][parts][k]; scratch [6][cap + LANES].
+void dsa_select_one(const void *q, const float *w, float scale, const char *rows, int64_t row_stride, int64_t key_stride,
+                    const uint8_t *real, int64_t S, int64_t last, int64_t parts, int64_t length, int64_t from, int64_t to,
+                    int64_t k, int64_t cap, int32_t *keys, float *scores, float *scratch) {
     int64_t stride = cap + LANES;
     float *rest = scratch + 2 * stride;
     number qs[H][STEPS];
-    load_queries(qs[0], q, 0, H);
-    struct list list = new_list(0, last, 0, scratch, stride);
+    float ws[H];
     struct tile tile;
     struct rows here;
-    for (int64_t s = from; s < to && s <= last; s += NT) {
-        describe(&tile, &here, rows, row_bytes, real, s, S);
-        rank(1, qs[0], w, &tile, &here, &list);
-        if (list.n > cap - NT) shrink(&list, k, rest, stride);
+    for (int64_t u = from; u < to; u++) {
+        int64_t b = u / parts, begin = u % parts * length, end = begin + length;
+        load_queries(qs[0], ws, q, w, scale, b, 1);
+        struct list list = new_list(0, last, 0, scratch, stride);
+        for (int64_t s = begin; s < end && s <= last; s += NT) {
+            describe(&tile, &here, rows + b * row_stride, key_stride, real ? real + b * S : 0, s, S);
+            rank(1, qs[0], ws, &tile, &here, &list);
+            if (list.n > cap - NT) shrink(&list, k, rest, stride);
+        }
+        finish(&list, k, keys + u * k, scores ? scores + u * k : 0, rest, stride);
     }
-    finish(&list, k, keys, scores, rest, stride);
 }
 
-// The k best of what `parts` calls of dsa_select_one found in consecutive ranges: part_keys, part_scores [parts][k].
-// scratch [6][cap + LANES], cap >= parts * k
-void dsa_merge(const int32_t *part_keys, const float *part_scores, int64_t parts, int64_t k, int64_t cap, int32_t *keys,
+// The k best of what was found in the parts of each of B rows. keys, scores [B][k]; scratch [6][parts * k + LANES]
+void dsa_merge(const int32_t *part_keys, const float *part_scores, int64_t B, int64_t parts, int64_t k, int32_t *keys,
                float *scores, float *scratch) {
-    int64_t stride = cap + LANES;
-    struct list list = new_list(0, 0, 0, scratch, stride);
-    for (int64_t p = 0; p < parts; p++)
-        for (int64_t i = p * k; i < (p + 1) * k && part_keys[i] >= 0; i++) {
-            list.scores[list.n] = part_scores[i];
-            list.keys[list.n++] = part_keys[i];
-        }
-    finish(&list, k, keys, scores, scratch + 2 * stride, stride);
+    int64_t stride = parts * k + LANES;
+    for (int64_t b = 0; b < B; b++) {
+        struct list list = new_list(0, 0, 0, scratch, stride);
+        for (int64_t p = b * parts; p < (b + 1) * parts; p++)
+            for (int64_t i = p * k; i < (p + 1) * k && part_keys[i] >= 0; i++) {
+                list.scores[list.n] = part_scores[i];
+                list.keys[list.n++] = part_keys[i];
+            }
+        finish(&list, k, keys + b * k, scores ? scores + b * k : 0, scratch + 2 * stride, stride);
+    }
 }
