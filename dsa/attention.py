@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from dsa import kernels, reference
 from dsa.kernels import BACKENDS
+from dsa.kernels.cpu import decode
 from dsa.masks import SLAB_ELEMENTS
 
 logger = logging.getLogger(__name__)
@@ -41,8 +42,8 @@ def sparse_attention(
         k, v: [B, Hkv, S, D]; Hq is a multiple of Hkv (grouped-query attention).
         indices: int [B, T, K], key indices without repeats; -1 is no key. A query without any key gets zeros.
         scaling: D^-0.5 by default.
-        backend: one of `dsa.kernels.BACKENDS`. When None, "triton" for CUDA tensors whose type and head size its
-            kernels take, and "gather" for all others, unless the environment variable DSA_BACKEND says otherwise.
+        backend: one of `dsa.kernels.BACKENDS`. When None, "triton" for CUDA tensors and "cpu" for those on a CPU whose
+            type and sizes its kernels take, "gather" for all others, unless DSA_BACKEND says otherwise.
 
     Returns:
         [B, Hq, T, D] in the dtype of q. Differentiable in q, k and v.
@@ -57,10 +58,14 @@ def sparse_attention(
         raise ValueError(f"indices {tuple(indices.shape)} do not fit q {tuple(q.shape)}")
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: {backend!r} is not one of {BACKENDS}")
+    decoding = T == 1 and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
+    kernel = (decode, q.dtype, Hq // k.shape[1], D) if decoding and q.dtype == k.dtype == v.dtype else None
     if backend is None:
-        backend = kernels.chosen(q, D)
+        backend = kernels.chosen(q, D, cpu=kernel)
     elif backend == "triton":
         kernels.require(q, D)
+    elif backend == "cpu":
+        kernels.require_cpu(q, kernel)
     log_backend(backend, q.device.type)
     scaling = D**-0.5 if scaling is None else scaling
     if backend == "reference":
@@ -69,7 +74,9 @@ def sparse_attention(
         from dsa.kernels.triton.attention import sparse_attention_triton  # needs Triton, which not every platform has
 
         return sparse_attention_triton(q, k, v, indices, scaling)[0]
-    if T == 1 and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+    if backend == "cpu":
+        return decode.decode_attention(q, k, v, indices, scaling)
+    if decoding:
         return decode_attention(q, k, v, indices, scaling)
     return GatherAttention.apply(q, k, v, indices, scaling)
 

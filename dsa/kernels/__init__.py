@@ -17,12 +17,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = {
-    "reference": "reference",
-    "gather": "PyTorch",
-    "triton": "Triton kernels",
-    "cpu": "CPU kernels",
-}  # as logged
+BACKENDS = ("reference", "gather", "triton", "cpu")
+NAMES = {"gather": "PyTorch", "triton": "Triton kernels", "cpu": "CPU kernels"}  # in the log
 VARIABLE = "DSA_BACKEND"  # "triton", "cpu" or "gather": what the machine shall use where the caller names no backend
 HEAD_DIMS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -79,26 +75,24 @@ def chosen(tensor: torch.Tensor, head_dim: int, operation: str | None = None, cp
     if wanted == "triton":
         require(tensor, head_dim)
         choice = "triton"
-    elif wanted == "cpu" and tensor.device.type != "cpu":
-        raise ValueError(f'backend "cpu" cannot run: the tensors are on {tensor.device.type}')
-    elif wanted is None and tensor.is_cuda:
-        if not obstacle(tensor.device, tensor.dtype, head_dim):
-            choice = "triton"
-    elif wanted != "gather" and cpu is not None and tensor.device.type == "cpu":
+    elif wanted == "cpu" and cpu is not None:
+        require_cpu(tensor, cpu)
+        choice = "cpu"
+    elif wanted is None and tensor.is_cuda and not obstacle(tensor.device, tensor.dtype, head_dim):
+        choice = "triton"
+    elif wanted is None and tensor.device.type == "cpu" and cpu is not None:
         module, *shape = cpu
         reason = module.obstacle(*shape)
-        if reason and wanted == "cpu":
-            raise ValueError(f'backend "cpu" cannot run: {reason}')
         choice = "gather" if reason else "cpu"
     if operation:
-        log_choice(operation, BACKENDS[choice], tensor.device.type, reason)
+        log_choice(operation, NAMES[choice], tensor.device.type, reason)
     if choice != "gather":
         from dsa.kernels import check
 
         if choice == "triton":
             check.verify(tensor.device, tensor.dtype, head_dim)
         else:
-            check.verify_cpu(module, *shape)
+            check.verify_cpu(*cpu)
     return choice
 
 
@@ -113,3 +107,13 @@ def require(tensor: torch.Tensor, head_dim: int) -> None:
     reason = obstacle(tensor.device, tensor.dtype, head_dim)
     if reason:
         raise ValueError(f'backend "triton" cannot run: {reason}')
+
+
+def require_cpu(tensor: torch.Tensor, cpu: tuple | None) -> None:
+    """Raise ValueError, with the reason, where the CPU kernel `cpu` (see `chosen`; None: there is none) cannot run."""
+    if tensor.device.type != "cpu":
+        reason = f"the tensors are on {tensor.device.type}"
+    else:
+        reason = cpu[0].obstacle(*cpu[1:]) if cpu else "it has no kernel for this"
+    if reason:
+        raise ValueError(f'backend "cpu" cannot run: {reason}')

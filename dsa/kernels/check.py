@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 from dsa import kernels, reference
-from dsa.kernels.cpu import select
+from dsa.kernels.cpu import decode, select
 from dsa.masks import Slab, Visibility
 
 # Of a relative RMS error, against float64: some roundings of the type for sums of this length.
@@ -123,11 +123,18 @@ def _selection(device, dtype, heads: int, head_dim: int) -> float:
         rows = k
     visible = Visibility(T, S, S - T)
     scale = (heads * head_dim) ** -0.5
-    keys, scores = select.select(q.to(dtype), rows, weights * scale, topk, visible)
+    keys, scores = select.select(q.to(dtype), rows, weights, scale, topk, visible)
     wide = reference.index_scores(q.double(), k.double(), weights.double())
     best = wide.gather(2, reference.select_topk(wide, topk, visible.mask(Slab(0, T, S), device)).long())
     ours = wide.gather(2, keys.long())
     return _error([scores, ours.sort().values], [ours, best.sort().values])
 
 
-CPU = {select: ("key selection", _selection)}
+def _decoding(device, dtype, group: int, head_dim: int) -> float:
+    q, k, v = (x.detach() for x in _random(device, dtype, (2, 2 * group, 1, head_dim), *[(2, 2, 90, head_dim)] * 2))
+    indices = torch.arange(0, 90, 3, dtype=torch.int32).expand(2, 1, -1)
+    expected = reference.sparse_attention(q.double(), k.double(), v.double(), indices, head_dim**-0.5)
+    return _error([decode.decode_attention(q, k, v, indices, head_dim**-0.5)], [expected])
+
+
+CPU = {decode: ("decoding attention", _decoding), select: ("key selection", _selection)}

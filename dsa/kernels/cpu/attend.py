@@ -43,13 +43,14 @@ def units_of(Hq: int, Hkv: int) -> Units:
     return Units(heads, n, Hq // heads, Hkv // n)
 
 
-def obstacle(dtype: torch.dtype, Hq: int, Hkv: int, D: int) -> str | None:
-    """Why `sparse_attention_cpu` cannot run for such tensors; None if it can."""
-    if dtype not in DTYPES:
-        return f"{dtype} is not one of {tuple(DTYPES)}"
+def obstacle(q: torch.Tensor, k: torch.Tensor) -> str | None:
+    """Why `sparse_attention_cpu` cannot run for such q and k; None if it can."""
+    D = q.shape[3]
+    if q.dtype not in DTYPES or k.dtype != q.dtype:
+        return f"queries and keys of {q.dtype} and {k.dtype}"
     if D not in HEAD_DIMS:
         return f"head size {D} is not one of {HEAD_DIMS}"
-    return build.obstacle("attend.c", **_defines(dtype, units_of(Hq, Hkv), D))
+    return build.obstacle("attend.c", **defines(q, units_of(q.shape[1], k.shape[1])))
 
 
 def sparse_attention_cpu(
@@ -72,7 +73,7 @@ class Attend(torch.autograd.Function):
     def forward(ctx, q, k, v, indices, scaling):
         (B, Hq, T, D), (Hkv, S), K = q.shape, k.shape[1:3], indices.shape[2]
         units = units_of(Hq, Hkv)
-        lib = build.library("attend.c", **_defines(q.dtype, units, D))
+        lib = build.library("attend.c", **defines(q, units))
         q, kv = tokens_first(q), _pack(lib, k, v, units)  # (B, T, Hq, D), (B, sets, S, 2, D, key heads)
         out, lse = torch.empty_like(q), torch.empty(B, T, Hq)
         scratch = lib.dsa_attend_scratch(K)
@@ -105,11 +106,9 @@ class Attend(torch.autograd.Function):
             return dkv
 
         scratch = lib.dsa_backward_scratch(K)
-        cuts = [i * T // PARTITIONS for i in range(PARTITIONS + 1)]
-        parts = [(start, stop) for start, stop in pairwise(cuts) if start < stop]
         for b, s in product(range(B), range(units.sets)):
             dkv = torch.zeros(kv.shape[2:])
-            for part in threads.each(partition, [(b, s, *part) for part in parts]):
+            for part in threads.each(partition, [(b, s, *part) for part in partitions(T)]):
                 dkv[: len(part)] += part
             at = slice(s * units.key_heads, (s + 1) * units.key_heads)
             build.call(lib.dsa_unpack, dkv, Hkv, S, dk[b, :, at], dv[b, :, at])
@@ -135,5 +134,12 @@ def _pack(lib, k: torch.Tensor, v: torch.Tensor, units: Units) -> torch.Tensor:
     return kv
 
 
-def _defines(dtype: torch.dtype, units: Units, D: int) -> dict[str, int]:
-    return {"HQ": units.heads, "HKV": units.key_heads, "D": D, **DTYPES[dtype]}
+def partitions(T: int) -> list[tuple[int, int]]:
+    """(start, stop) of the queries whose gradients in keys are summed together, none of them empty."""
+    cuts = [i * T // PARTITIONS for i in range(PARTITIONS + 1)]
+    return [(start, stop) for start, stop in pairwise(cuts) if start < stop]
+
+
+def defines(q: torch.Tensor, units: Units) -> dict[str, int]:
+    """What a kernel for q [B, H, T, D] is compiled with."""
+    return {"HQ": units.heads, "HKV": units.key_heads, "D": q.shape[3], **DTYPES[q.dtype]}

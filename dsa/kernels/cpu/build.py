@@ -53,10 +53,10 @@ def obstacle(source: str, **defines: int) -> str | None:
     return _obstacle(source, MARCH, tuple(sorted(defines.items())))
 
 
-def call(function, *args) -> None:
+def call(function, *args) -> int:
     """Call a kernel: a tensor is the pointer to its first element, None a null pointer, an int an int64_t and a float a
-    float. The kernel runs without the GIL."""
-    function(*(_c_value(x) for x in args))
+    float. The kernel runs without the GIL. Returns its int, if it has one."""
+    return function(*(_c_value(x) for x in args))
 
 
 def _c_value(x):

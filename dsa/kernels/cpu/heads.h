@@ -1,22 +1,22 @@
 // The heads of one query and the keys that it selected: products, weighted sums and gradients, one row of memory a key.
 //
-// A row is [PARTS][D][HKV]: for each d the numbers of its HKV key heads are neighbours. The query's heads are the lanes
+// A row is [TENSORS][D][HKV]: for each d the numbers of its HKV key heads are neighbours. The query's heads are the lanes
 // of a vector, lane g * HKV + h for the g-th query head of key head h, so that nothing is summed across lanes and a
 // softmax goes lane by lane.
 //
 // Compiled for one shape: -DHQ= query heads, -DHKV= key heads (1, 2, 4 or 8), -DD= their width. Tensors that come and go
 // are float, with -DBF16 bfloat16; all that is computed is float.
 #pragma once
-#include "vec.h"
+#include "columns.h"
 
 #define G (HQ / HKV)                          // query heads that share a key head
 #define LN (HQ <= 4 ? 4 : HQ <= 8 ? 8 : 16)   // lanes for heads; those past HQ hold zeros
-#define PART (D * HKV)                        // numbers of a part: of K, or of V
-#define ROW (PARTS * PART)
-#define COLS (PART / LANES)                   // vectors in a part
+#define WIDTH (D * HKV)                        // numbers of a part: of K, or of V
+#define ROW (TENSORS * WIDTH)
+#define COLS (WIDTH / LANES)                   // vectors in a part
 #define AHEAD 8                               // keys between a prefetch and its use
 #define SLACK (2 * AHEAD)                     // entries behind a list of indices that may be read
-_Static_assert(HQ <= 16 && HQ % HKV == 0 && 8 % HKV == 0 && PART % LANES == 0, "shape not supported");
+_Static_assert(HQ <= 16 && HQ % HKV == 0 && 8 % HKV == 0 && WIDTH % LANES == 0, "shape not supported");
 
 typedef VECTOR(float, LN) vh;
 typedef VECTOR(int32_t, LN) vhi;
@@ -46,12 +46,18 @@ static inline number narrow(float x) { return x; }
 static inline const float *row_of(const float *rows, int32_t key) { return rows + key * (int64_t)ROW; }
 
 static inline void fetch(const float *part) {
-    UNROLL for (int c = 0; c < PART; c += 16) __builtin_prefetch(part + c);
+    UNROLL for (int c = 0; c < WIDTH; c += 16) __builtin_prefetch(part + c);
 }
 
 // out [n][LN] = for each key of ix [n] its part . x [D][LN]. NB keys share each load of x, so n is rounded up to NB:
 // out and ix have slack.
-#define NB (LN / LANES * 8 <= REGISTERS - 8 ? 8 : 4)
+#if LANES == 16 && !defined __znver4__
+#define DOT LN
+#else
+#define DOT (LN < 8 ? LN : 8)  // lanes at once: Zen 4 broadcasts to half a register twice as fast as to a whole one
+#endif
+#define NB (8 * DOT / LN)  // eight accumulators
+typedef VECTOR(float, DOT) vd __attribute__((may_alias));
 static inline void rows_dot(const float *part, const int32_t *ix, int n, const vh *x, vh *out) {
     for (int i = 0; i < n; i += NB) {
         const float *row[NB];
@@ -59,17 +65,22 @@ static inline void rows_dot(const float *part, const int32_t *ix, int n, const v
             row[u] = row_of(part, ix[i + u]);
             fetch(row_of(part, ix[i + u + AHEAD]));
         }
-        vh acc[NB] = {};
+        vd acc[NB][LN / DOT] = {};
 #pragma clang loop unroll_count(4)
         for (int d = 0; d < D; d++)
-            UNROLL for (int u = 0; u < NB; u++) acc[u] += REPEAT(vh, row[u] + d * HKV) * x[d];
-        UNROLL for (int u = 0; u < NB; u++) out[i + u] = acc[u];
+            UNROLL for (int u = 0; u < NB; u++) {
+                vd k = REPEAT(vd, row[u] + d * HKV);
+                UNROLL for (int j = 0; j < LN / DOT; j++) acc[u][j] += k * ((const vd *)&x[d])[j];
+            }
+        UNROLL for (int u = 0; u < NB; u++)
+            UNROLL for (int j = 0; j < LN / DOT; j++) ((vd *)&out[i + u])[j] = acc[u][j];
     }
 }
 
 // o [G][D][HKV] = o x keep [LN] + sum over ix [n] of p [n][LN] x part. Lanes are columns of a part; NG x NC accumulators.
 #define NG (G <= REGISTERS - 6 ? G : (G + 1) / 2)
-#define NC (NG * 2 <= REGISTERS - 6 && COLS % 2 == 0 ? 2 : 1)
+#define FIT(columns) (COLS % (columns) == 0 && (NG + 1) * (columns) <= REGISTERS - 2)
+#define NC (FIT(8) ? 8 : FIT(4) ? 4 : FIT(2) ? 2 : 1)
 static inline void rows_sum(const float *part, const int32_t *ix, int n, const vh *p, vh keep, float *o) {
     for (int c = 0; c < COLS; c += NC)
         UNROLL for (int g0 = 0; g0 < G; g0 += NG) {
@@ -77,7 +88,7 @@ static inline void rows_sum(const float *part, const int32_t *ix, int n, const v
             vf acc[NG][NC];
             UNROLL for (int g = 0; g < groups; g++)
                 UNROLL for (int j = 0; j < NC; j++)
-                    acc[g][j] = load(o + (g0 + g) * PART + (c + j) * LANES) *
+                    acc[g][j] = load(o + (g0 + g) * WIDTH + (c + j) * LANES) *
                                 REPEAT(vf, (const float *)&keep + (g0 + g) * HKV + HEAD_OF(c + j));
             for (int i = 0; i < n; i++) {
                 const float *row = row_of(part, ix[i]) + c * LANES, *w = (const float *)&p[i] + g0 * HKV;
@@ -91,7 +102,7 @@ static inline void rows_sum(const float *part, const int32_t *ix, int n, const v
                     UNROLL for (int j = 0; j < NC; j++) acc[g][j] += REPEAT(vf, w + g * HKV + HEAD_OF(c + j)) * v[j];
             }
             UNROLL for (int g = 0; g < groups; g++)
-                UNROLL for (int j = 0; j < NC; j++) store(o + (g0 + g) * PART + (c + j) * LANES, acc[g][j]);
+                UNROLL for (int j = 0; j < NC; j++) store(o + (g0 + g) * WIDTH + (c + j) * LANES, acc[g][j]);
         }
 }
 
@@ -107,7 +118,7 @@ static inline void rows_add(float *part, const int32_t *ix, int n, const vh *w, 
             UNROLL for (int g = 0; g < G; g++) {
                 const float *w0 = (const float *)&w[i] + g * HKV, *w1 = w0 + LN;
                 UNROLL for (int j = 0; j < SC; j++) {
-                    vf v = load(x + g * PART + (c + j) * LANES);
+                    vf v = load(x + g * WIDTH + (c + j) * LANES);
                     acc[0][j] += REPEAT(vf, w0 + HEAD_OF(c + j)) * v;
                     acc[1][j] += REPEAT(vf, w1 + HEAD_OF(c + j)) * v;
                 }
@@ -120,28 +131,52 @@ static inline void rows_add(float *part, const int32_t *ix, int n, const vh *w, 
     }
 }
 
-// A query's heads x [HQ][D], scaled, so that lanes are heads: [D][LN].
-static inline void turn(const number *x, float scale, vh *out) {
-    for (int h = 0; h < HKV; h++)
-        for (int g = 0; g < G; g++)
-            for (int d = 0; d < D; d++) ((float *)&out[d])[g * HKV + h] = widen(x[(h * G + g) * D + d]) * scale;
+// Part of the rows s0 .. s1 - 1 from x [HKV][S][D] with strides between heads and tokens.
+static inline void pack(const number *x, int64_t head, int64_t token, int64_t s0, int64_t s1, float *restrict part) {
+    for (int64_t s = s0; s < s1; s++)
+        for (int d = 0; d < D; d++)
+            UNROLL for (int h = 0; h < HKV; h++) part[s * ROW + d * HKV + h] = widen(x[h * head + s * token + d]);
 }
 
-// The same so that lanes are columns: [G][D][HKV].
-static inline void spread(const number *x, float scale, float *out) {
-    for (int h = 0; h < HKV; h++)
-        for (int g = 0; g < G; g++)
-            for (int d = 0; d < D; d++) out[(g * D + d) * HKV + h] = widen(x[(h * G + g) * D + d]) * scale;
+// A query's heads in their own order, as floats: x [HQ][D] x scale.
+static inline void read_heads(const number *x, float scale, float *restrict out) {
+    for (int i = 0; i < HQ * D; i++) out[i] = widen(x[i]) * scale;
+}
+
+// x [HQ][D] so that lanes are heads: [D][LN].
+static inline void turn(const float *x, vh *out) {
+    static const float none[D];
+    enum { WORDS = LN < LANES ? LN : LANES };
+    for (int first = 0; first < LN; first += LANES) {
+        const char *row[LANES];
+        for (int i = 0; i < LANES; i++) {
+            int lane = first + i;
+            row[i] = (const char *)(lane < HQ ? x + (lane % HKV * G + lane / HKV) * D : none);
+        }
+        for (int d = 0; d < D; d += 4) {
+            vi columns[4];
+            load_columns(columns, row, d);
+            UNROLL for (int j = 0; j < 4; j++) __builtin_memcpy((float *)&out[d + j] + first, &columns[j], 4 * WORDS);
+        }
+    }
+}
+
+// x [HQ][D] so that lanes are columns: [G][D][HKV].
+static inline void spread(const float *x, float *restrict out) {
+    for (int g = 0; g < G; g++)
+        for (int d = 0; d < D; d++)
+            UNROLL for (int h = 0; h < HKV; h++) out[(g * D + d) * HKV + h] = x[(h * G + g) * D + d];
 }
 
 // And back: o [G][D][HKV] x scale [LN] -> [HQ][D].
-static inline void gather_heads(const float *o, vh scale, number *out) {
-    for (int h = 0; h < HKV; h++)
-        for (int g = 0; g < G; g++)
-            for (int d = 0; d < D; d++) out[(h * G + g) * D + d] = narrow(o[(g * D + d) * HKV + h] * scale[g * HKV + h]);
+static inline void write_heads(const float *o, vh scale, number *restrict out) {
+    for (int g = 0; g < G; g++)
+        for (int d = 0; d < D; d++)
+            UNROLL for (int h = 0; h < HKV; h++)
+                out[(h * G + g) * D + d] = narrow(o[(g * D + d) * HKV + h] * scale[g * HKV + h]);
 }
 
-// The keys among indices [K], -1 for none, side by side at to [K + LANES + SLACK]; their number.
+// The keys among indices [K], -1 for none, side by side at to [LIST(K)]; their number.
 static inline int copy_indices(const int32_t *indices, int64_t K, int32_t *to) {
     int n = 0;
     int64_t i = 0;
@@ -157,9 +192,27 @@ static inline int copy_indices(const int32_t *indices, int64_t K, int32_t *to) {
     return n;
 }
 
+#define LIST(K) ((K) + LANES + SLACK)  // numbers in a list of up to K keys
+
 static inline vh maximum(vh a, vh b) {  // b where one is NaN; as a choice it is one instruction
     vhi a_wins = a > b;
     return (vh)((a_wins & (vhi)a) | (~a_wins & (vhi)b));
+}
+
+static inline vh relu(vh x) { return (vh)((vhi)x & ~(x < 0)); }  // keeps NaN
+
+static inline float sum_lanes(vh x) {
+    float half[LN];
+    __builtin_memcpy(half, &x, sizeof x);
+    UNROLL for (int n = LN / 2; n; n /= 2)
+        UNROLL for (int i = 0; i < n; i++) half[i] += half[i + n];
+    return half[0];
+}
+
+static inline float max_lanes(vh x) {
+    float max = x[0];
+    for (int i = 1; i < LN; i++) max = max > x[i] ? max : x[i];
+    return max;
 }
 
 // e^x for x <= 88 (Cephes: 2^round(x / ln 2) times a polynomial of the rest); below -87 about 0.

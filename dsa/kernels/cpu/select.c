@@ -12,6 +12,7 @@
 #define BLOCK 16                         // queries that share a tile while it is in L1
 #define HEADS (H < 4 ? H : 4)            // heads at once
 #define QUERIES (H < 3 ? 4 / H : 1)      // queries at once: as many rows of accumulators as four heads
+#define AHEAD (2 * NT)                   // keys between what decoding reads and what it prefetches
 #define INFINITY __builtin_inff()
 
 // What one query has found. scores, keys [cap + LANES]
@@ -35,33 +36,66 @@ static inline vi seen(const struct list *list, vi position) {
 
 static inline vf relu(vf x) { return (vf)((vi)x & ~(x < 0)); }  // keeps NaN
 
-// `queries` queries against one tile. q [queries][H][STEPS], w [queries][H]. Inlined, for each number of queries.
-static inline __attribute__((always_inline)) void rank(const int queries, const number *q, const float *w,
-                                                       const struct tile *tile, struct list *lists) {
+#define INLINE static inline __attribute__((always_inline))  // for each number of queries anew
+
+// acc[r][j] = q[r] . keys c + j * LANES ..  of a tile; q[r] [STEPS]
+INLINE void dots(const int rows, const int nv, vn acc[][6], const number *const q[], const struct tile *tile, int c) {
+#pragma clang loop unroll_count(2)
+    for (int d = 0; d < STEPS; d++)
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int j = 0; j < nv; j++)
+                acc[r][j] = add_product(acc[r][j], q[r][d], load_numbers(tile->k[d] + c + j * LANES));
+}
+
+// The same of one vector of keys that are not packed.
+INLINE void dots_of_rows(const int rows, vn acc[][6], const number *const q[], const struct rows *keys,
+                         struct tile *tile, int c) {
+    const char *later = keys->at + (c + AHEAD) * keys->stride;
+    const int64_t share = LANES * keys->stride * 4 / WORDS;
+    const char *row[LANES];
+    find(row, keys, c);
+    vi bias = {};
+    for (int word = 0; word < WORDS; word += 4) {
+        vi x[4];
+        load_columns(x, row, word);
+        for (int64_t i = 0; i < share; i += 64) __builtin_prefetch(later + i, 0, 1);
+        later += share;
+        UNROLL for (int i = 0; i < 4; i++) {
+            vn numbers[PER_WORD];
+            unpack(numbers, x[i]);
+            UNROLL for (int j = 0; j < PER_WORD; j++)
+                UNROLL for (int r = 0; r < rows; r++)
+                    acc[r][0] = add_product(acc[r][0], q[r][(word + i) * PER_WORD + j], numbers[j]);
+            bias = add_bias(bias, x[i]);
+        }
+    }
+    store_int(tile->bias + c, bias);
+}
+
+// `queries` queries against one tile, whose keys are in it, or still in `keys`. q [queries][H][STEPS], w [queries][H]
+INLINE void rank(const int queries, const number *q, const float *w, struct tile *tile, const struct rows *keys,
+                 struct list *lists) {
     const int rows = queries * HEADS;
-    const int nv = REGISTERS == 32 || rows == 1 ? 6 : rows == 2 ? 4 : 2;  // vectors of keys at once, by registers
+    const int nv = keys ? 1 : REGISTERS == 32 || rows == 1 ? 6 : rows == 2 ? 4 : 2;  // vectors of keys at once
     for (int c = 0; c < NT; c += nv * LANES) {
         vf sum[QUERIES][6] = {};
-        UNROLL for (int h0 = 0; h0 < H; h0 += HEADS) {
+        UNROLL for (int h = 0; h < H; h += HEADS) {
+            const int heads = H - h < HEADS ? H - h : HEADS;
+            const number *qs[QUERIES * HEADS];
             vn acc[QUERIES * HEADS][6] = {};
-#pragma clang loop unroll_count(2)
-            for (int d = 0; d < STEPS; d++)
-                UNROLL for (int r = 0; r < rows; r++)
-                    UNROLL for (int j = 0; j < nv; j++)
-                        if (h0 + r % HEADS < H)
-                            acc[r][j] = add_product(acc[r][j], q[(r / HEADS * H + h0 + r % HEADS) * STEPS + d],
-                                                    load_numbers(tile->k[d] + c + j * LANES));
+            UNROLL for (int r = 0; r < queries * heads; r++) qs[r] = q + (r / heads * H + h + r % heads) * STEPS;
+            if (keys) dots_of_rows(queries * heads, acc, qs, keys, tile, c);
+            else dots(queries * heads, nv, acc, qs, tile, c);
 
-            UNROLL for (int r = 0; r < rows; r++)
-                UNROLL for (int j = 0; j < nv; j++)
-                    if (h0 + r % HEADS < H) {
+            UNROLL for (int r = 0; r < queries * heads; r++)
+                UNROLL for (int j = 0; j < nv; j++) {
 #ifdef BYTES
-                        vf x = __builtin_convertvector(acc[r][j] - load_int(tile->bias + c + j * LANES), vf);
+                    vf x = __builtin_convertvector(acc[r][j] - load_int(tile->bias + c + j * LANES), vf);
 #else
-                        vf x = acc[r][j];
+                    vf x = acc[r][j];
 #endif
-                        sum[r / HEADS][j] += w[r / HEADS * H + h0 + r % HEADS] * relu(x);
-                    }
+                    sum[r / heads][j] += w[r / heads * H + h + r % heads] * relu(x);
+                }
         }
         UNROLL for (int m = 0; m < queries; m++)
             UNROLL for (int j = 0; j < nv; j++) {
@@ -156,15 +190,17 @@ static struct list new_list(int32_t first, int32_t last, int m, float *scratch, 
     return (struct list){first, last, __builtin_nanf(""), 0, scratch, (int32_t *)(scratch + stride)};
 }
 
-static void load_queries(number *to, const void *q, int64_t from, int n) {
+// Queries t .. t + n - 1 of q [T][H][D], float or int8, and w [T][H].
+static void load_queries(number *to, float *to_w, const void *q, const float *w, float scale, int64_t t, int n) {
 #if defined BYTES
-    __builtin_memcpy(to, (const int8_t *)q + from * D, n * D);
-    for (int i = 0; i < n * STEPS; i++) to[i] ^= 0x80808080;  // + 128 in each byte
+    __builtin_memcpy(to, (const int8_t *)q + t * H * D, n * H * D);
+    for (int i = 0; i < n * H * STEPS; i++) to[i] ^= 0x80808080;  // + 128 in each byte
 #elif defined INT8
-    for (int i = 0; i < n * D; i++) to[i] = ((const int8_t *)q)[from * D + i];
+    for (int i = 0; i < n * H * D; i++) to[i] = ((const int8_t *)q)[t * H * D + i];
 #else
-    __builtin_memcpy(to, (const float *)q + from * D, n * D * sizeof *to);
+    __builtin_memcpy(to, (const float *)q + t * H * D, n * H * D * sizeof *to);
 #endif
+    for (int i = 0; i < n * H; i++) to_w[i] = w[t * H + i] * scale;
 }
 
 int dsa_tile_keys(void) { return NT; }
@@ -178,10 +214,10 @@ void dsa_pack(const char *rows, int64_t stride, const uint8_t *real, int64_t S, 
     for (int64_t i = from; i < to; i++) pack(&tiles[i], rows, stride, real, i * NT, S);
 }
 
-// Queries t0 .. t1 - 1 of q [T][H][D], float or int8, and w [T][H], head weights times all scales of q. Query t sees
-// the keys first[t] (or 0, where first is NULL) .. offset + t.
+// Queries t0 .. t1 - 1 of q [T][H][D], float or int8, and w [T][H], the heads' weights, which `scale` multiplies. Query t
+// sees the keys first[t] (or 0, where first is NULL) .. offset + t.
 // keys int32 [T][k], scores float [T][k] or NULL; scratch [2 BLOCK + 4][cap + LANES], cap >= k + NT.
-void dsa_select(const void *q, const float *w, const struct tile *tiles, const int32_t *first, int64_t offset,
+void dsa_select(const void *q, const float *w, float scale, struct tile *tiles, const int32_t *first, int64_t offset,
                 int64_t t0, int64_t t1, int64_t k, int64_t cap, int32_t *keys, float *scores, float *scratch) {
     int64_t stride = cap + LANES;
     float *rest = scratch + 2 * BLOCK * stride;
@@ -189,8 +225,7 @@ void dsa_select(const void *q, const float *w, const struct tile *tiles, const i
     float ws[BLOCK][H] = {};
     for (int64_t t = t0; t < t1; t += BLOCK) {
         int n = t1 - t < BLOCK ? t1 - t : BLOCK;
-        load_queries(qs[0][0], q, t * H, n * H);
-        __builtin_memcpy(ws, w + t * H, n * sizeof *ws);
+        load_queries(qs[0][0], ws[0], q, w, scale, t, n);
         struct list lists[BLOCK];
         int64_t begin = INT32_MAX;
         int all_fit = !scores;  // no query sees more than k keys: nothing to rank
@@ -206,7 +241,7 @@ void dsa_select(const void *q, const float *w, const struct tile *tiles, const i
                     take(&tiles[i], &lists[m]);
                     continue;
                 }
-                rank(QUERIES, qs[m][0], ws[m], &tiles[i], &lists[m]);
+                rank(QUERIES, qs[m][0], ws[m], &tiles[i], 0, &lists[m]);
                 for (int j = m; j < m + QUERIES; j++)
                     if (lists[j].n > cap - NT) shrink(&lists[j], k, rest, stride);
             }
@@ -215,35 +250,42 @@ void dsa_select(const void *q, const float *w, const struct tile *tiles, const i
     }
 }
 
-// One query, q [H][D] and w [H], and those of the keys from .. to - 1 (from is a multiple of NT) that it sees, all up to
-// `last` but padding: read from rows [S], see pack, and each once. keys, scores [k]; scratch [6][cap + LANES].
-void dsa_select_one(const void *q, const float *w, const char *rows, int64_t row_bytes, const uint8_t *real, int64_t S,
-                    int64_t last, int64_t from, int64_t to, int64_t k, int64_t cap, int32_t *keys, float *scores,
-                    float *scratch) {
+// One query a row, q [B][H][D] and w [B][H], all keys up to `last` but padding, read from rows [B][S] as they are: strides
+// in bytes, see pack. real [B][S] or NULL. The keys of a row are cut into `parts` of `length`, a multiple of NT; this call
+// is for parts from .. to - 1 of the B * parts.  keys, scores [B][parts][k]; scratch [6][cap + LANES].
+void dsa_select_one(const void *q, const float *w, float scale, const char *rows, int64_t row_stride, int64_t key_stride,
+                    const uint8_t *real, int64_t S, int64_t last, int64_t parts, int64_t length, int64_t from, int64_t to,
+                    int64_t k, int64_t cap, int32_t *keys, float *scores, float *scratch) {
     int64_t stride = cap + LANES;
     float *rest = scratch + 2 * stride;
     number qs[H][STEPS];
-    load_queries(qs[0], q, 0, H);
-    struct list list = new_list(0, last, 0, scratch, stride);
+    float ws[H];
     struct tile tile;
-    for (int64_t s = from; s < to && s <= last; s += NT) {
-        pack(&tile, rows, row_bytes, real, s, S);
-        rank(1, qs[0], w, &tile, &list);
-        if (list.n > cap - NT) shrink(&list, k, rest, stride);
+    struct rows here;
+    for (int64_t u = from; u < to; u++) {
+        int64_t b = u / parts, begin = u % parts * length, end = begin + length;
+        load_queries(qs[0], ws, q, w, scale, b, 1);
+        struct list list = new_list(0, last, 0, scratch, stride);
+        for (int64_t s = begin; s < end && s <= last; s += NT) {
+            describe(&tile, &here, rows + b * row_stride, key_stride, real ? real + b * S : 0, s, S);
+            rank(1, qs[0], ws, &tile, &here, &list);
+            if (list.n > cap - NT) shrink(&list, k, rest, stride);
+        }
+        finish(&list, k, keys + u * k, scores ? scores + u * k : 0, rest, stride);
     }
-    finish(&list, k, keys, scores, rest, stride);
 }
 
-// The k best of what `parts` calls of dsa_select_one found in consecutive ranges: part_keys, part_scores [parts][k].
-// scratch [6][cap + LANES], cap >= parts * k
-void dsa_merge(const int32_t *part_keys, const float *part_scores, int64_t parts, int64_t k, int64_t cap, int32_t *keys,
+// The k best of what was found in the parts of each of B rows. keys, scores [B][k]; scratch [6][parts * k + LANES]
+void dsa_merge(const int32_t *part_keys, const float *part_scores, int64_t B, int64_t parts, int64_t k, int32_t *keys,
                float *scores, float *scratch) {
-    int64_t stride = cap + LANES;
-    struct list list = new_list(0, 0, 0, scratch, stride);
-    for (int64_t p = 0; p < parts; p++)
-        for (int64_t i = p * k; i < (p + 1) * k && part_keys[i] >= 0; i++) {
-            list.scores[list.n] = part_scores[i];
-            list.keys[list.n++] = part_keys[i];
-        }
-    finish(&list, k, keys, scores, scratch + 2 * stride, stride);
+    int64_t stride = parts * k + LANES;
+    for (int64_t b = 0; b < B; b++) {
+        struct list list = new_list(0, 0, 0, scratch, stride);
+        for (int64_t p = b * parts; p < (b + 1) * parts; p++)
+            for (int64_t i = p * k; i < (p + 1) * k && part_keys[i] >= 0; i++) {
+                list.scores[list.n] = part_scores[i];
+                list.keys[list.n++] = part_keys[i];
+            }
+        finish(&list, k, keys + b * k, scores ? scores + b * k : 0, scratch + 2 * stride, stride);
+    }
 }

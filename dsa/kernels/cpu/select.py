@@ -9,7 +9,7 @@ HEADS = range(1, 17)
 HEAD_DIMS = (16, 32, 64, 128)
 DTYPES = {torch.float32: {}, torch.bfloat16: {"BF16": 1}, torch.int8: {"INT8": 1}}  # of keys
 ROWS = 256  # queries a job
-SPLIT = 4096  # keys that are worth a thread of their own in decoding
+SPLIT = 8192  # keys that are worth a thread of their own in decoding
 
 
 def obstacle(dtype: torch.dtype, heads: int, head_dim: int) -> str | None:
@@ -28,46 +28,47 @@ def fits(visible: Visibility) -> bool:
 
 
 def select(
-    q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor, topk: int, visible: Visibility
+    q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor, scale: float, topk: int, visible: Visibility
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The keys of each query with the largest sum_h weights[h] relu(q[h] . key).
+    """The keys of each query with the largest sum_h scale * weights[h] * relu(q[h] . key).
 
     Args:
         q: [B, T, H, D], float; int8 where the keys are.
-        k: float32 or bfloat16 [B, S, D], or int8 [B, S, D + 4], see `dsa.indexer.pack_int8`; rows contiguous.
-        weights: float32 [B, T, H], times all scales but that of a key.
+        k: float32 or bfloat16 [B, S, D], or int8 [B, S, D + 4], see `dsa.indexer.pack_int8`.
+        weights: float32 [B, T, H]; with the scales of int8 queries.
         visible: what `fits`.
 
     Returns:
         int32 [B, T, min(topk, S)] as `select_topk`, and float32 scores of the same shape, 0 where there is no key.
         The same bits whatever the number of threads, and for a query whatever is beside it in the call.
     """
-    return _select(q, k, weights, topk, visible, True)
+    scores = torch.empty(*q.shape[:2], min(topk, k.shape[1]))
+    return _select(q, k, weights, scale, topk, visible, scores), scores
 
 
-def select_keys(q, k, weights, topk: int, visible: Visibility) -> torch.Tensor:
+def select_keys(q, k, weights, scale: float, topk: int, visible: Visibility) -> torch.Tensor:
     """`select` without the scores, which queries that see no more than topk keys then do not need at all."""
-    return _select(q, k, weights, topk, visible, False)[0]
+    return _select(q, k, weights, scale, topk, visible, None)
 
 
-def _select(q, k, weights, topk, visible, with_scores):
+def _select(q, k, weights, scale, topk, visible, scores):
     B, T, H, D = q.shape
     S = k.shape[1]
     lib = build.library("select.c", H=H, D=D, **DTYPES[k.dtype])
-    q = q.contiguous() if k.dtype == torch.int8 else q.float().contiguous()
-    weights, k = weights.contiguous(), k if k.stride(-1) == 1 else k.contiguous()
-    topk = min(topk, S)
-    keys = torch.empty(B, T, topk, dtype=torch.int32)
-    scores = torch.empty(B, T, topk) if with_scores else None
-    real = [None] * B if visible.key_mask is None else visible.key_mask.expand(B, S).contiguous()
+    if k.dtype != torch.int8 and q.dtype != torch.float32:
+        q = q.float()
+    k = k if k.stride(2) == 1 else k.contiguous()
+    index = q.contiguous(), k, weights.contiguous(), scale
+    keys = torch.empty(B, T, min(topk, S), dtype=torch.int32)
+    real = None if visible.key_mask is None else visible.key_mask.expand(B, S).contiguous()
     run = _one_query if T == 1 and visible.documents is None else _all_queries
-    run(lib, q, k, weights, topk, visible, real, keys, scores)
-    return keys, scores
+    run(lib, *index, visible, real, keys, scores)
+    return keys
 
 
-def _all_queries(lib, q, k, weights, topk, visible, real, keys, scores):
+def _all_queries(lib, q, k, weights, scale, visible, real, keys, scores):
     """Keys are packed into tiles once, then slabs of queries run over them."""
-    (B, T), S = q.shape[:2], k.shape[1]
+    (B, T, topk), S = keys.shape, k.shape[1]
     first = [None] * B
     if visible.documents is not None:
         documents = visible.documents.expand(B, S).contiguous()
@@ -77,45 +78,42 @@ def _all_queries(lib, q, k, weights, topk, visible, real, keys, scores):
     cap = _capacity(topk, S, tile_keys)
 
     def pack(b: int, start: int) -> None:
-        stop = min(start + ROWS, tiles.shape[1])
-        build.call(lib.dsa_pack, k[b], k.stride(1) * k.itemsize, real[b], S, start, stop, tiles[b])
+        stop, mask = min(start + ROWS, tiles.shape[1]), None if real is None else real[b]
+        build.call(lib.dsa_pack, k[b], k.stride(1) * k.itemsize, mask, S, start, stop, tiles[b])
 
     def slab(b: int, start: int) -> None:
-        found = None if scores is None else scores[b]
-        stop = min(start + ROWS, T)
+        stop, found = min(start + ROWS, T), None if scores is None else scores[b]
+        scratch = _scratch(2 * lib.dsa_block() + 4, cap)
         build.call(
-            *(lib.dsa_select, q[b], weights[b], tiles[b], first[b], visible.offset, start, stop, topk, cap),
-            *(keys[b], found, _scratch(2 * lib.dsa_block() + 4, cap)),
+            *(lib.dsa_select, q[b], weights[b], scale, tiles[b], first[b], visible.offset),
+            *(start, stop, topk, cap, keys[b], found, scratch),
         )
 
     threads.each(pack, [(b, start) for b in range(B) for start in range(0, tiles.shape[1], ROWS)])
     threads.each(slab, [(b, start) for start in reversed(range(0, T, ROWS)) for b in range(B)])
 
 
-def _one_query(lib, q, k, weights, topk, visible, real, keys, scores):
+def _one_query(lib, q, k, weights, scale, visible, real, keys, scores):
     """Decoding: keys are read where they are, by several threads, and what these found is merged."""
-    B, S = k.shape[:2]
+    (B, _, topk), S = keys.shape, k.shape[1]
     tile_keys, seen = lib.dsa_tile_keys(), visible.offset + 1
-    parts = max(1, min(torch.get_num_threads() // B, seen // SPLIT))
+    parts = max(1, min(torch.get_num_threads() // max(1, B), seen // SPLIT))
     length = -(-seen // (parts * tile_keys)) * tile_keys
     cap = _capacity(topk, length, tile_keys)
-    some_keys, some_scores = keys[:, :, None].view(B, 1, topk), scores
+    some_keys, some_scores = keys, scores
     if parts > 1:
         some_keys, some_scores = keys.new_empty(B, parts, topk), torch.empty(B, parts, topk)
 
-    def part(b: int, i: int) -> None:
+    def run(start: int, stop: int) -> None:
         build.call(
-            *(lib.dsa_select_one, q[b], weights[b], k[b], k.stride(1) * k.itemsize, real[b], S, visible.offset),
-            *(i * length, (i + 1) * length, topk, cap),
-            *(some_keys[b, i], None if some_scores is None else some_scores[b, i], _scratch(6, cap)),
+            *(lib.dsa_select_one, q, weights, scale, k, k.stride(0) * k.itemsize, k.stride(1) * k.itemsize, real, S),
+            *(visible.offset, parts, length, start, stop, topk, cap, some_keys, some_scores, _scratch(6, cap)),
         )
 
-    threads.each(part, [(b, i) for b in range(B) for i in range(parts)])
+    threads.shares(run, B * parts, least=max(1, SPLIT // length))
     if parts > 1:
-        for b in range(B):
-            found = None if scores is None else scores[b]
-            scratch = _scratch(6, parts * topk)
-            build.call(lib.dsa_merge, some_keys[b], some_scores[b], parts, topk, parts * topk, keys[b], found, scratch)
+        scratch = _scratch(6, parts * topk)
+        build.call(lib.dsa_merge, some_keys, some_scores, B, parts, topk, keys, scores, scratch)
 
 
 def _capacity(topk: int, keys: int, tile_keys: int) -> int:

@@ -20,6 +20,14 @@ def each(work: Callable, jobs: Iterable[tuple]) -> list:
     return list(_pool(os.getpid(), threads).map(lambda job: work(*job), jobs))
 
 
+def shares(work: Callable[[int, int], object], count: int, least: int) -> list:
+    """[work(start, stop), ...] over consecutive parts of range(count), one a thread, but none for less than `least`."""
+    parts = max(1, min(torch.get_num_threads(), count // least))
+    if parts == 1:
+        return [work(0, count)]
+    return each(work, [(count * i // parts, count * (i + 1) // parts) for i in range(parts)])
+
+
 @lru_cache(maxsize=1)
 def _pool(pid: int, threads: int) -> ThreadPoolExecutor:
     """One for the process: a fork has none of its parent's threads."""

@@ -4,39 +4,45 @@
 // (dsa/indexer.py, pack_int8). Products of int8 are exact in whatever they are computed: as bytes where the processor
 // multiplies them four at once, else as floats.
 #pragma once
-#include "vec.h"
+#include "columns.h"
 
 #define NT 96              // keys in a tile: at D = 64 of floats 24 KB, which stays in L1 while many queries pass over it
 #define NOWHERE INT32_MAX  // position of what is no key
 
-#if defined INT8
-#define PER_WORD 4  // numbers in 32 bits of a row
-#elif defined BF16
-#define PER_WORD 2
-#else
-#define PER_WORD 1
-#endif
-#define WORDS (D / PER_WORD)
-
 #if defined INT8 && defined __AVX512VNNI__
 #define BYTES
-#define STEPS (D / 4)
 typedef int32_t number;  // four signed bytes of a key; of a query, four unsigned ones: itself + 128
+#define STEPS (D / 4)    // numbers of a key
 #else
-#define STEPS D
 typedef float number;
+#define STEPS D
 #endif
 typedef VECTOR(number, LANES) vn;
+
+#if defined INT8
+#define WORDS (D / 4)              // 32 bits each, of a key in memory
+#define ROW_BYTES (D + 4)
+#elif defined BF16
+#define WORDS (D / 2)
+#define ROW_BYTES (2 * D)
+#else
+#define WORDS D
+#define ROW_BYTES (4 * D)
+#endif
+#define PER_WORD (STEPS / WORDS)
 
 struct tile {
     number k[STEPS][NT];
     int32_t position[NT];  // of the key in its row; NOWHERE for padding and beyond the last key
-#ifdef INT8
-    float scale[NT];
-#endif
-#ifdef BYTES
-    int32_t bias[NT];  // 128 * sum(key): what the queries' + 128 adds to a product
-#endif
+    float scale[NT];       // int8
+    int32_t bias[NT];      // BYTES: 128 * sum(key), what the queries' + 128 adds to a product
+};
+
+// Keys first .. first + NT - 1 where they are in memory.
+struct rows {
+    const char *at;
+    int64_t stride;
+    char copy[NT][ROW_BYTES];  // of the last rows, where they are fewer than NT
 };
 
 static inline vn load_numbers(const number *p) { return (vn)load_int((const int32_t *)p); }
@@ -50,43 +56,69 @@ static inline vn add_product(vn acc, number q, vn k) {
 #endif
 }
 
-// The numbers of one word of LANES keys: rows of the tile from column i on.
-static inline void unpack(struct tile *tile, int word, int i, vi x) {
-    number *to = &tile->k[word * STEPS / WORDS][i];
-#if defined BYTES
-    store_int(to, x);
-    store_int(tile->bias + i, add_product(load_int(tile->bias + i), (int32_t)0x80808080, x));
-#elif defined INT8
-    UNROLL for (int b = 0; b < 4; b++) store(to + b * NT, __builtin_convertvector(x << (24 - 8 * b) >> 24, vf));
-#elif defined BF16
-    store(to, (vf)(x << 16));
-    store(to + NT, (vf)(x & (int32_t)0xffff0000));
+static inline vi add_bias(vi bias, vi word) {
+#ifdef BYTES
+    return add_product(bias, (int32_t)0x80808080, word);
 #else
-    store(to, (vf)x);
+    return bias;
 #endif
 }
 
-// Keys first .. first + NT - 1 of rows [S], `stride` bytes apart. real [S]: 0 at padding; NULL where there is none.
-static void pack(struct tile *tile, const char *rows, int64_t stride, const uint8_t *real, int64_t first, int64_t S) {
-    enum { AT_ONCE = WORDS < LANES ? WORDS : LANES };
-    for (int i = 0; i < NT; i += LANES) {
-        const char *row[LANES];
-        for (int l = 0; l < LANES; l++) {
-            int64_t s = first + i + l, in = s < S ? s : S - 1;
-            row[l] = rows + in * stride;
-            tile->position[i + l] = s < S && (!real || real[s]) ? s : NOWHERE;
+// The numbers in a word of LANES keys.
+static inline void unpack(vn numbers[PER_WORD], vi word) {
+#if defined INT8 && !defined BYTES
+    UNROLL for (int b = 0; b < 4; b++) numbers[b] = __builtin_convertvector(word << (24 - 8 * b) >> 24, vf);
+#elif defined BF16
+    numbers[0] = (vf)(word << 16);
+    numbers[1] = (vf)(word & (int32_t)0xffff0000);
+#else
+    numbers[0] = (vn)word;
+#endif
+}
+
+// All of a tile but the keys' numbers, and where these are: keys [S] are `stride` bytes apart. real [S]: 0 at padding; or
+// NULL, where there is none.
+static inline void describe(struct tile *tile, struct rows *rows, const char *keys, int64_t stride, const uint8_t *real,
+                            int64_t first, int64_t S) {
+    int n = S - first < NT ? S - first : NT;
+    rows->at = keys + first * stride;
+    rows->stride = stride;
+    if (n < NT) {
+        for (int i = 0; i < n; i++) __builtin_memcpy(rows->copy[i], rows->at + i * stride, ROW_BYTES);
+        rows->at = rows->copy[0];
+        rows->stride = ROW_BYTES;
+    }
+    for (int i = 0; i < NT; i++) tile->position[i] = first + i;
+    for (int i = 0; i < n && real; i++)
+        if (!real[first + i]) tile->position[i] = NOWHERE;
+    for (int i = n; i < NT; i++) tile->position[i] = NOWHERE;
 #ifdef INT8
-            __builtin_memcpy(&tile->scale[i + l], row[l] + D, sizeof(float));
+    for (int i = 0; i < NT; i++) __builtin_memcpy(&tile->scale[i], rows->at + i * rows->stride + D, sizeof(float));
 #endif
+}
+
+static inline void find(const char *row[LANES], const struct rows *rows, int c) {  // keys c .. c + LANES - 1
+    UNROLL for (int l = 0; l < LANES; l++) row[l] = rows->at + (c + l) * rows->stride;
+}
+
+static void pack(struct tile *tile, const char *keys, int64_t stride, const uint8_t *real, int64_t first, int64_t S) {
+    struct rows rows;
+    describe(tile, &rows, keys, stride, real, first, S);
+    for (int c = 0; c < NT; c += LANES) {
+        const char *row[LANES];
+        find(row, &rows, c);
+        vi bias = {};
+        for (int word = 0; word < WORDS; word += 4) {
+            vi x[4];
+            load_columns(x, row, word);
+            UNROLL for (int i = 0; i < 4; i++) {
+                vn numbers[PER_WORD];
+                unpack(numbers, x[i]);
+                UNROLL for (int j = 0; j < PER_WORD; j++)
+                    store_int((int32_t *)&tile->k[(word + i) * PER_WORD + j][c], (vi)numbers[j]);
+                bias = add_bias(bias, x[i]);
+            }
         }
-#ifdef BYTES
-        store_int(tile->bias + i, (vi){});
-#endif
-        for (int word = 0; word < WORDS; word += AT_ONCE) {
-            vi x[LANES] = {};
-            UNROLL for (int l = 0; l < LANES; l++) __builtin_memcpy(&x[l], row[l] + 4 * word, 4 * AT_ONCE);
-            transpose(x);
-            UNROLL for (int w = 0; w < AT_ONCE; w++) unpack(tile, word + w, i, x[w]);
-        }
+        store_int(tile->bias + c, bias);
     }
 }

@@ -57,35 +57,6 @@ static inline uint32_t bits_of(vi mask) {  // lane i, 0 or -1 -> bit i
 
 static inline vi blend(vi mask, vi x, vi y) { return (x & mask) | (y & ~mask); }
 
-// Square blocks of numbers change rows and columns: log2(LANES) rounds exchange blocks of 1, 2, 4, ... numbers.
-static inline void transpose(vi x[LANES]) {
-#define UPPER(i, n) ((i) & (n) ? LANES + (i) - (n) : (i))
-#define LOWER(i, n) ((i) & (n) ? LANES + (i) : (i) + (n))
-#define PICK4(at, i, n) at(i, n), at(i + 1, n), at(i + 2, n), at(i + 3, n)
-#if LANES == 16
-#define PICK(at, n) PICK4(at, 0, n), PICK4(at, 4, n), PICK4(at, 8, n), PICK4(at, 12, n)
-#elif LANES == 8
-#define PICK(at, n) PICK4(at, 0, n), PICK4(at, 4, n)
-#else
-#define PICK(at, n) PICK4(at, 0, n)
-#endif
-#define EXCHANGE(n)                                                   \
-    UNROLL for (int i = 0; i < LANES; i++) {                          \
-        if (i & (n)) continue;                                        \
-        vi a = x[i], b = x[i + (n)];                                  \
-        x[i] = __builtin_shufflevector(a, b, PICK(UPPER, n));         \
-        x[i + (n)] = __builtin_shufflevector(a, b, PICK(LOWER, n));   \
-    }
-    EXCHANGE(1)
-    EXCHANGE(2)
-#if LANES >= 8
-    EXCHANGE(4)
-#endif
-#if LANES >= 16
-    EXCHANGE(8)
-#endif
-}
-
 // The lanes of x whose bit is set, side by side at p. Writes up to a whole vector, so p needs LANES of slack.
 static inline void compress(void *p, vi x, uint32_t bits) {
 #if defined __AVX512F__  // in a register, then stored: the instruction's own form with a memory target is slow on Zen 4
