@@ -1,9 +1,12 @@
 import os
+import platform
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from dsa.kernels.cpu import build
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -57,6 +60,17 @@ def corpus_model(**changes) -> Qwen2ForCausalLM:
 @pytest.fixture
 def ids() -> torch.Tensor:
     return torch.randint(2, 97, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=["native", "x86_64_v3", "x86_64_v2"])
+def march(request, monkeypatch) -> str:
+    """CPU kernels for this processor, for AVX2, and for the four lanes that stand in for NEON."""
+    if request.param != "native":
+        flags = Path("/proc/cpuinfo").read_text() if platform.machine() == "x86_64" and os.name == "posix" else ""
+        if ("avx2" if request.param == "x86_64_v3" else "sse4_2") not in flags:
+            pytest.skip(f"this processor does not run {request.param}")
+    monkeypatch.setattr(build, "MARCH", request.param)
+    return request.param
 
 
 def error_ratio(actual: torch.Tensor, expected: torch.Tensor) -> float:

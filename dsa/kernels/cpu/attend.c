@@ -70,7 +70,7 @@ void dsa_attend(const number *q, int64_t heads, const float *kv, const int32_t *
     struct query *queries = scratch;
     int32_t *lists = (int32_t *)(queries + QUERIES);  // [QUERIES][LIST(K)]
     float x[HQ * D];
-    vh p[MOST + NB];
+    vh p[PADDED(MOST)];
     for (int64_t t = t0; t < t1; t += QUERIES) {
         int n = t1 - t < QUERIES ? t1 - t : QUERIES;
         for (int i = 0; i < n; i++) {
@@ -109,7 +109,7 @@ int64_t dsa_backward_scratch(int64_t K) { return LIST(K) * sizeof(int32_t); }
 void dsa_backward(const number *q, const number *out, const float *lse, const number *dout, int64_t heads,
                   const float *kv, const int32_t *indices, int64_t K, int64_t t0, int64_t t1, float scale, number *dq,
                   float *dkv, int32_t *list) {
-    vh qt[D], dt[D], ot[D], p[MOST + NB], dp[MOST + NB], zero = {};
+    vh qt[D], dt[D], ot[D], p[PADDED(MOST + 1)], dp[PADDED(MOST + 1)], zero = {};
     _Alignas(64) float x[HQ * D], qs[G][D][HKV], ds[G][D][HKV], o[G][D][HKV];
     for (int64_t t = t0; t < t1; t++) {
         vh log_sum = {}, delta = {};

@@ -4,38 +4,22 @@
 // of a vector, lane g * HKV + h for the g-th query head of key head h, so that nothing is summed across lanes and a
 // softmax goes lane by lane.
 //
-// Compiled for one shape: -DHQ= query heads, -DHKV= key heads (1, 2, 4 or 8), -DD= their width. Tensors that come and go
-// are float, with -DBF16 bfloat16; all that is computed is float.
+// Compiled for one shape: -DHQ= query heads, -DHKV= key heads (1, 2, 4 or 8), -DD= their width.
 #pragma once
+#define LN (HQ <= 4 ? 4 : HQ <= 8 ? 8 : 16)  // lanes for heads; those past HQ hold zeros
 #include "columns.h"
+#include "lanes.h"
+#include "number.h"
 
-#define G (HQ / HKV)                          // query heads that share a key head
-#define LN (HQ <= 4 ? 4 : HQ <= 8 ? 8 : 16)   // lanes for heads; those past HQ hold zeros
-#define WIDTH (D * HKV)                        // numbers of a part: of K, or of V
+#define G (HQ / HKV)           // query heads that share a key head
+#define WIDTH (D * HKV)        // numbers of a part of a row: of K, or of V
 #define ROW (TENSORS * WIDTH)
-#define COLS (WIDTH / LANES)                   // vectors in a part
-#define AHEAD 8                               // keys between a prefetch and its use
-#define SLACK (2 * AHEAD)                     // entries behind a list of indices that may be read
+#define COLS (WIDTH / LANES)   // vectors in a part
+#define AHEAD 8                // keys between a prefetch and its use
+#define SLACK (2 * AHEAD)      // entries behind a list of keys that may be read
+#define LIST(K) ((K) + LANES + SLACK)  // numbers in a list of up to K keys
+#define PADDED(K) (((K) + 15) / 16 * 16)  // in whole vectors, whatever their lanes
 _Static_assert(HQ <= 16 && HQ % HKV == 0 && 8 % HKV == 0 && WIDTH % LANES == 0, "shape not supported");
-
-typedef VECTOR(float, LN) vh;
-typedef VECTOR(int32_t, LN) vhi;
-
-#ifdef BF16
-typedef uint16_t number;
-static inline float widen(number x) {
-    union { uint32_t bits; float value; } u = {(uint32_t)x << 16};
-    return u.value;
-}
-static inline number narrow(float x) {  // to the nearest, ties to even; NaN stays NaN
-    union { float value; uint32_t bits; } u = {x};
-    return x == x ? (u.bits + 0x7fff + (u.bits >> 16 & 1)) >> 16 : u.bits >> 16 | 0x40;
-}
-#else
-typedef float number;
-static inline float widen(number x) { return x; }
-static inline number narrow(float x) { return x; }
-#endif
 
 // HKV neighbouring numbers over and over: what the lanes of a vector V see of one d of a key, or of one g of a weight.
 #define REPEAT(V, p) ({ V r_; const float *p_ = (p); \
@@ -49,14 +33,13 @@ static inline void fetch(const float *part) {
     UNROLL for (int c = 0; c < WIDTH; c += 16) __builtin_prefetch(part + c);
 }
 
-// out [n][LN] = for each key of ix [n] its part . x [D][LN]. NB keys share each load of x, so n is rounded up to NB:
-// out and ix have slack.
+// out [PADDED(n)][LN] = for each key of ix [n] its part . x [D][LN]. NB keys share each load of x, in eight accumulators.
 #if LANES == 16 && !defined __znver4__
 #define DOT LN
 #else
 #define DOT (LN < 8 ? LN : 8)  // lanes at once: Zen 4 broadcasts to half a register twice as fast as to a whole one
 #endif
-#define NB (8 * DOT / LN)  // eight accumulators
+#define NB (8 * DOT / LN)
 typedef VECTOR(float, DOT) vd __attribute__((may_alias));
 static inline void rows_dot(const float *part, const int32_t *ix, int n, const vh *x, vh *out) {
     for (int i = 0; i < n; i += NB) {
@@ -176,6 +159,21 @@ static inline void write_heads(const float *o, vh scale, number *restrict out) {
                 out[(h * G + g) * D + d] = narrow(o[(g * D + d) * HKV + h] * scale[g * HKV + h]);
 }
 
+// out [PADDED(n)] += sum over the heads of x [PADDED(n)][LN] x weight, LANES keys at once.
+static inline void sum_heads(const vh *x, int n, vh weight, float *out) {
+    for (int i = 0; i < n; i += LANES) {
+        const char *row[LANES];
+        UNROLL for (int l = 0; l < LANES; l++) row[l] = (const char *)&x[i + l];
+        vf sum = load(out + i);
+        UNROLL for (int h = 0; h < HQ; h += 4) {
+            vi columns[4];
+            load_columns(columns, row, h);
+            UNROLL for (int j = 0; j < 4; j++) sum += weight[h + j] * (vf)columns[j];
+        }
+        store(out + i, sum);
+    }
+}
+
 // The keys among indices [K], -1 for none, side by side at to [LIST(K)]; their number.
 static inline int copy_indices(const int32_t *indices, int64_t K, int32_t *to) {
     int n = 0;
@@ -190,58 +188,4 @@ static inline int copy_indices(const int32_t *indices, int64_t K, int32_t *to) {
         if (indices[i] >= 0) to[n++] = indices[i];
     for (int j = 0; j < SLACK; j++) to[n + j] = n ? to[n - 1] : 0;
     return n;
-}
-
-#define LIST(K) ((K) + LANES + SLACK)  // numbers in a list of up to K keys
-
-static inline vh maximum(vh a, vh b) {  // b where one is NaN; as a choice it is one instruction
-    vhi a_wins = a > b;
-    return (vh)((a_wins & (vhi)a) | (~a_wins & (vhi)b));
-}
-
-static inline vh relu(vh x) { return (vh)((vhi)x & ~(x < 0)); }  // keeps NaN
-
-static inline float sum_lanes(vh x) {
-    float half[LN];
-    __builtin_memcpy(half, &x, sizeof x);
-    UNROLL for (int n = LN / 2; n; n /= 2)
-        UNROLL for (int i = 0; i < n; i++) half[i] += half[i + n];
-    return half[0];
-}
-
-static inline float max_lanes(vh x) {
-    float max = x[0];
-    for (int i = 1; i < LN; i++) max = max > x[i] ? max : x[i];
-    return max;
-}
-
-// e^x for x <= 88 (Cephes: 2^round(x / ln 2) times a polynomial of the rest); below -87 about 0.
-static inline vh exponential(vh x) {
-    x = maximum((vh){} - 87.33654f, x);
-    vh n = __builtin_elementwise_rint(x * 1.44269504f);
-    x = x - n * 0.693145751953125f;
-    x = x - n * 1.428606765330187e-06f;
-    vh y = x * 1.9875691500e-4f + 1.3981999507e-3f;
-    y = y * x + 8.3334519073e-3f;
-    y = y * x + 4.1665795894e-2f;
-    y = y * x + 1.6666665459e-1f;
-    y = y * x + 5.0000001201e-1f;
-    y = y * (x * x) + x + 1.0f;
-    return y * (vh)((__builtin_convertvector(n, vhi) + 127) << 23);
-}
-
-// ln x for normal x > 0 (Cephes: of x = m 2^e, sqrt(1/2) <= m < sqrt(2), a polynomial of m - 1).
-static inline vh logarithm(vh x) {
-    vhi bits = (vhi)x - 0x3f3504f3, e = bits >> 23;  // sqrt(1/2)
-    vh m = (vh)((bits & 0x7fffff) + 0x3f3504f3) - 1.0f, n = __builtin_convertvector(e, vh), z = m * m;
-    vh y = m * 7.0376836292e-2f - 1.1514610310e-1f;
-    y = y * m + 1.1676998740e-1f;
-    y = y * m - 1.2420140846e-1f;
-    y = y * m + 1.4249322787e-1f;
-    y = y * m - 1.6668057665e-1f;
-    y = y * m + 2.0000714765e-1f;
-    y = y * m - 2.4999993993e-1f;
-    y = y * m + 3.3333331174e-1f;
-    y = y * m * z - 2.12194440e-4f * n - 0.5f * z;
-    return m + y + 0.693359375f * n;
 }

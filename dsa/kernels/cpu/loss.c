@@ -7,19 +7,19 @@
 #define TENSORS 1  // index keys
 #include "heads.h"
 
-#define PADDED(n) (((n) + LN - 1) / LN * LN)
-
-int64_t dsa_loss_scratch(int64_t K) { return (K + NB) * sizeof(vh) + 2 * PADDED(K) * sizeof(float) + LIST(K) * sizeof(int32_t); }
+int64_t dsa_loss_scratch(int64_t K) {
+    return PADDED(K + 1) * sizeof(vh) + 2 * PADDED(K) * sizeof(float) + LIST(K) * sizeof(int32_t);
+}
 
 // Queries t0 .. t1 - 1 of index queries q [T][HQ][D] and weights w [T][HQ], which `scale` multiplies, at indices [T][K] of
 // index keys k [S][D], against sums [t1 - t0][stride] over so many heads. Of the queries that are valid [T] the loss is added to
 // total, and unless they are NULL dq and dw are written and dk [S][D] is added to; those of the others are zeros.
 void dsa_loss(const float *q, const float *w, const float *k, const int32_t *indices, int64_t K, const uint8_t *valid,
-              int64_t t0, int64_t t1, float scale, const float *sums, int64_t stride, int64_t heads, double *total, float *dq, float *dw,
-              float *dk, void *scratch) {
+              int64_t t0, int64_t t1, float scale, const float *sums, int64_t stride, int64_t heads, double *total,
+              float *dq, float *dw, float *dk, void *scratch) {
     vh qt[D], *dots = scratch, zero = {};
     _Alignas(64) float o[HQ][D];
-    float *score = (float *)(dots + K + NB), *p = score + PADDED(K);  // [PADDED(K)] each
+    float *score = (float *)(dots + PADDED(K + 1)), *p = score + PADDED(K);  // [PADDED(K)] each
     int32_t *ix = (int32_t *)(p + PADDED(K));
     for (int64_t t = t0; t < t1; t++, sums += stride) {
         int n = valid[t] ? copy_indices(indices + t * K, K, ix) : 0;
@@ -28,7 +28,9 @@ void dsa_loss(const float *q, const float *w, const float *k, const int32_t *ind
         for (int h = 0; h < HQ; h++) weight[h] = w[t * HQ + h] * scale;
         turn(q + t * HQ * D, qt);
         rows_dot(k, ix, n, qt, dots);
-        for (int i = 0; i < n; i++) score[i] = sum_lanes(weight * relu(dots[i]));
+        __builtin_memset(score, 0, PADDED(n) * sizeof *score);
+        for (int i = 0; i < n; i++) dots[i] = relu(dots[i]);
+        sum_heads(dots, n, weight, score);
         for (int i = 0; i < n; i++) p[i] = sums[i] / heads;
         for (int i = n; i < PADDED(n); i++) score[i] = -3e38f, p[i] = 0;
 
@@ -46,7 +48,7 @@ void dsa_loss(const float *q, const float *w, const float *k, const int32_t *ind
 
         for (int i = 0; i < vectors; i++) ((vh *)score)[i] = exponential(s[i] - log_sum) - want[i];
         for (int i = 0; i < n; i++) {
-            dweight += score[i] * relu(dots[i]);
+            dweight += score[i] * dots[i];
             dots[i] = (vh)((vhi)(score[i] * weight) & (dots[i] > 0));
         }
         dots[n] = zero;

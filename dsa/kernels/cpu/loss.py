@@ -10,7 +10,6 @@ from dsa.masks import Visibility
 
 HEADS = range(1, 17)
 ROWS = 64  # queries whose targets exist at once
-SLACK = 16  # numbers behind a query's targets
 
 Index = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # index queries, keys and weights
 
@@ -60,7 +59,7 @@ def kl_of_selected(
         dk = torch.zeros(int(indices[b, start:stop].amax()) + 1, DI) if wanted else None
         for t in range(start, stop, ROWS):
             end = min(t + ROWS, stop)
-            p = torch.zeros(end - t, K + SLACK)
+            p = torch.zeros(end - t, -(-K // 16) * 16)
             for s in range(units.sets):
                 for heads in units.of(s):
                     call = target_lib.dsa_target, q[b, :, heads], Hq, rows[b, s], indices[b], K, t, end, scaling

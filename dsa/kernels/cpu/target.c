@@ -7,15 +7,15 @@ void dsa_pack_keys(const number *k, int64_t head, int64_t token, int64_t s0, int
     pack(k, head, token, s0, s1, rows);
 }
 
-int64_t dsa_target_scratch(int64_t K) { return (K + NB) * sizeof(vh) + LIST(K) * sizeof(int32_t); }
+int64_t dsa_target_scratch(int64_t K) { return PADDED(K) * sizeof(vh) + LIST(K) * sizeof(int32_t); }
 
 // Queries t0 .. t1 - 1 of q [T][heads][D], of which these are HQ heads, at indices [T][K] of rows [S][D][HKV]. Their
-// share of the sum is added to p [t1 - t0][stride], for the keys in order and without gaps.
+// share of the sum is added to p [t1 - t0][stride], for the keys in order and without gaps; stride is PADDED(K) at least.
 void dsa_target(const number *q, int64_t heads, const float *rows, const int32_t *indices, int64_t K, int64_t t0,
                 int64_t t1, float scale, float *p, int64_t stride, void *scratch) {
     float x[HQ * D];
     vh qt[D], *e = scratch;
-    int32_t *ix = (int32_t *)(e + K + NB);
+    int32_t *ix = (int32_t *)(e + PADDED(K));
     for (int64_t t = t0; t < t1; t++, p += stride) {
         int n = copy_indices(indices + t * K, K, ix);
         read_heads(q + t * heads * D, scale, x);
@@ -28,6 +28,6 @@ void dsa_target(const number *q, int64_t heads, const float *rows, const int32_t
             sum += e[i];
         }
         UNROLL for (int h = 0; h < HQ; h++) share[h] = 1 / sum[h];
-        for (int i = 0; i < n; i++) p[i] += sum_lanes(e[i] * share);
+        sum_heads(e, n, share, p);
     }
 }
