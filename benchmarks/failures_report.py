@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import TOLERANCE, render
-from stages.figures import COLORS, plt, save
+from stages.arms import COLORS
+from stages.figures import plt, save
 
 LAYERS_SHOWN = 4  # of a token: those where the indexer misses most
 NAMES = {
