@@ -23,6 +23,7 @@ from benchmarks.probes import MissedKeys, QueryStatistics, losses
 from dsa import Qwen2DSAForCausalLM
 from dsa.data.rows import IGNORE
 from dsa.evaluation.predictions import attention_mass, observe_dense
+from stages import arms
 from stages.common import device_name, read_rows
 from stages.evaluate import is_lookup
 from stages.report import git_commit
@@ -30,8 +31,7 @@ from stages.statistics import Predictions
 from stages.training import examples
 
 OUT = Path("reports/failures.json")
-GROUPS = ("dense", "warmup", "dsa")
-CONTRASTS = {  # {arm: its sign}; stages/evaluate.py says what the arms are
+CONTRASTS = {  # {arm: its sign}; stages/arms.py says what the arms are
     "base": {"warmup": 1, "base": -1},
     "base_budget": {"oracle": 1, "base": -1},
     "base_indexer": {"warmup": 1, "oracle": -1},
@@ -42,6 +42,7 @@ CONTRASTS = {  # {arm: its sign}; stages/evaluate.py says what the arms are
     "change_budget": {"dsa_oracle": 1, "dense": -1, "oracle": -1, "base": 1},
     "change_indexer": {"dsa": 1, "dsa_oracle": -1, "warmup": -1, "oracle": 1},
 }
+ARMS = tuple(dict.fromkeys(arm for signs in CONTRASTS.values() for arm in signs))
 ROWS, TOKENS, KEYS = 5, 3, 5  # shown: rows, tokens of a row, missed keys of a token in a layer
 CONTEXT = 40  # tokens of text before a token that is shown
 SMALL = 0.01  # nats: a token whose loss differs by less counts as the same
@@ -58,8 +59,7 @@ def decomposition(predictions: Predictions, families: np.ndarray) -> dict[str, d
 
     families: of each row; each contrast also has its interval with these as the units, for files of a family are alike.
     """
-    arms = {arm for signs in CONTRASTS.values() for arm in signs}
-    n = min(len(predictions.nll(arm)) for arm in arms)
+    n = min(len(predictions.nll(arm)) for arm in ARMS)
     which = predictions.answers[:n]
     rows = predictions.rows[:n][which]
     found = {}
@@ -224,7 +224,7 @@ def worst_tokens(model, tokenizer, predictions: Predictions, number: int, row: d
 def analyse(model_path: Path, rows_file: Path, count: int) -> dict:
     """All of the numbers of the page; the losses of single layers on the first `count` held-out rows."""
     start = time.monotonic()
-    predictions = Predictions(GROUPS)
+    predictions = Predictions(arms.groups_of(*ARMS))
     model = Qwen2DSAForCausalLM.from_pretrained(model_path, dtype="float32").eval()
     if torch.cuda.is_available():
         model.cuda()

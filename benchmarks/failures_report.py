@@ -6,7 +6,8 @@ import numpy as np
 from markupsafe import Markup
 
 from benchmarks.common import TOLERANCE, render
-from stages.figures import COLORS, plt, save
+from stages.arms import COLORS
+from stages.figures import plt, save
 from stages.markdown import code
 
 LAYERS_SHOWN = 4  # of a token: those where the indexer misses most

@@ -32,16 +32,12 @@ from dsa.data.corpus import separate, source_files
 from dsa.evaluation.lookups import Lookup
 from dsa.evaluation.needles import DOCSTRING, SENTENCE, Form, Haystack, published, score, token_losses
 from stages import params
+from stages.arms import ARMS, model_of
 from stages.common import device_name, read_rows
 from stages.report import git_commit
 
 OUT = Path("reports/long_context.json")
-ARMS = {  # as in stages/evaluate.py: the model, and what is changed in its config
-    "dense": ("models/dense", {}),
-    "dsa": ("models/dsa", {}),
-    "dsa_oracle": ("models/dsa", {"selector": "oracle"}),
-    "window_trained": ("models/window", {}),
-}
+SHOWN = ("dense", "dsa", "dsa_oracle", "window_trained")
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 MEASURES = ("tokens", "nats", "exact")  # of an answer: share of tokens right, loss of a token, all of them right
 SEED = 0  # every arm, and every run of the experiment, has the same questions
@@ -136,8 +132,7 @@ def published_items(tokenizer, paths: list[Path], count: int) -> list[Item]:
 
 
 def load(arm: str) -> Qwen2DSAForCausalLM:
-    folder, changed = ARMS[arm]
-    model = Qwen2DSAForCausalLM.from_pretrained(folder, dtype="float32", **changed).eval()
+    model = Qwen2DSAForCausalLM.from_pretrained(model_of(arm), dtype="float32", **ARMS[arm].changes).eval()
     return model.cuda() if torch.cuda.is_available() else model
 
 
@@ -247,7 +242,7 @@ def analyse(args: argparse.Namespace) -> dict:
     if args.text is None and not p.data.packages:
         raise LongContextError(f"the profile {p.profile} has no files of its own to hold out: name texts (--text)")
     form = DOCSTRING if args.text is None else SENTENCE
-    tokenizer = AutoTokenizer.from_pretrained(ARMS["dense"][0])
+    tokenizer = AutoTokenizer.from_pretrained(model_of("dense"))
     texts = text_files(args.text) if args.text else held_out_files(p)
     found = documents(tokenizer, texts, lengths[-1] + SLACK, max(args.rows, args.documents), cut=bool(args.text))
     tasks = {
@@ -259,7 +254,7 @@ def analyse(args: argparse.Namespace) -> dict:
     scores: dict[str, dict[str, np.ndarray]] = {name: {} for name in tasks}
     losses: dict[str, np.ndarray] = {}
     topk = {}
-    for arm in ARMS:
+    for arm in SHOWN:
         model = load(arm)
         if model.config.attention_mode == "sparse":
             topk[arm] = model.config.index_topk
@@ -273,7 +268,7 @@ def analyse(args: argparse.Namespace) -> dict:
     families = np.unique([d.family for d in found[: args.documents]], return_inverse=True)[1]
     example = tasks["needle"][0].lookup
     setup = {
-        "arms": list(ARMS),
+        "arms": list(SHOWN),
         "topk": k,
         "trained": trained,
         "limit": model.config.max_position_embeddings,

@@ -6,7 +6,8 @@ import numpy as np
 from matplotlib.ticker import PercentFormatter
 
 from benchmarks.common import TOLERANCE, render
-from stages.figures import COLORS, LABELS, line, plt, save
+from stages.arms import COLORS, LABELS
+from stages.figures import line, plt, save
 
 TITLES = {
     "needle": "One needle",

@@ -15,7 +15,8 @@ from matplotlib.ticker import EngFormatter, LogLocator
 
 from benchmarks.common import NORMAL, TOLERANCE, render, student
 from benchmarks.sweep_points import ABLATIONS, SCARCE_TOPK, Point, plan
-from stages.figures import COLORS, plt, save
+from stages.arms import COLORS
+from stages.figures import plt, save
 from stages.statistics import ratio_with_error
 
 CHANGES = {  # what each does: those of dsa/ablations.py, and those that the model had once

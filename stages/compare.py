@@ -10,16 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from stages import params
+from stages.arms import PAIR
 from stages.common import write_json
 from stages.statistics import Predictions, mean_with_error
 
 
 def main() -> None:
     p = params.load("compare")
-    arms = {
-        arm: json.loads(Path(f"reports/evaluate/{arm}.json").read_text(encoding="utf-8")) for arm in ("dense", "dsa")
-    }
-    predictions = Predictions(("dense", "dsa"))
+    arms = {arm: json.loads(Path(f"reports/evaluate/{arm}.json").read_text(encoding="utf-8")) for arm in PAIR}
+    predictions = Predictions(PAIR)
     gap, error = predictions.gap("dsa", "dense")
     share, share_error = predictions.lookups("share", "dsa", "dense")
     difference = (predictions.nll("dsa") - predictions.nll("dense")).astype(float)

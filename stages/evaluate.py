@@ -21,35 +21,17 @@ from dsa.evaluation.predictions import (
     Predictions,
     answer_spans,
     attention_mass,
+    changed,
     correct,
     evidence_distance,
     greedy,
     observe_dense,
     predict,
 )
-from stages import params
+from stages import arms, params
 from stages.common import measured, read_rows, write_json
 from stages.training import examples
 
-# group: (model, {arm: what is changed in its config})
-GROUPS = {
-    "dense": ("models/dense", {"dense": {}}),
-    "warmup": (
-        "models/warmup",
-        {
-            "base": {},
-            "oracle": {"attention_mode": "sparse", "selector": "oracle"},
-            "sink_window": {"attention_mode": "sparse", "selector": "sink_window"},
-            "window": {"attention_mode": "sparse", "selector": "window"},
-            "random": {"attention_mode": "sparse", "selector": "random"},
-            "warmup": {"attention_mode": "sparse", "selector": "indexer"},
-        },
-    ),
-    "dsa": ("models/dsa", {"dsa_oracle": {"selector": "oracle"}, "dsa": {"selector": "indexer"}}),
-    "window": ("models/window", {"window_trained": {}}),
-    "dpo_dense": ("models/dpo-dense", {"dpo_dense": {}}),
-    "dpo_dsa": ("models/dpo-dsa", {"dpo_dsa": {}}),
-}
 SHOWN = 128  # tokens of a sample answer
 RETRIEVAL_SEED = 0  # every arm and every seed of the experiment has the same questions
 
@@ -119,66 +101,6 @@ def generate(model: Qwen2DSAForCausalLM, tokenizer, rows: list[dict], texts: lis
     return samples
 
 
-def main(group: str) -> None:
-    p = params.load(f"evaluate@{group}")
-    path, arms = GROUPS[group]
-    model = Qwen2DSAForCausalLM.from_pretrained(path, dtype="float32").eval()
-    if torch.cuda.is_available():
-        model.cuda()
-    if group not in ("dense", "dpo_dense"):
-        model.config.index_topk = p.topk
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    texts = list(read_rows(Path("data/long/test.jsonl.gz")))[: p.evaluate.rows]
-    rows = examples(tokenizer, Path("data/long/test.jsonl.gz"), p.data.max_length)[: p.evaluate.rows]
-    metrics: dict = {"arms": {}}
-    arrays: dict[str, np.ndarray] = {
-        "lengths": np.array([len(r["input_ids"]) - 1 for r in rows]),
-        "answers": np.concatenate([np.array(r["labels"][1:]) != IGNORE for r in rows]),
-    }
-
-    def run(arm: str, count: int) -> tuple[dict, list[dict]]:
-        start = time.monotonic()
-        predictions = [predict(model, row["input_ids"]) for row in tqdm(rows[:count], desc=arm)]
-        summary, lookups = summarize(tokenizer, rows[:count], texts[:count], predictions)
-        summary["tokens_per_second"] = round(summary["tokens"] / (time.monotonic() - start))
-        arrays[f"nll_{arm}"] = torch.cat([x.nll for x in predictions]).numpy()
-        arrays[f"argmax_{arm}"] = torch.cat([x.argmax for x in predictions]).numpy().astype(np.int32)
-        return summary, lookups
-
-    with measured(metrics), torch.no_grad():
-        for arm, changes in arms.items():
-            for name, value in changes.items():
-                setattr(model.config, name, value)
-            trained = arm in ("dense", "dsa", "window_trained")
-            metrics["arms"][arm], lookups = run(arm, p.evaluate.rows if trained else p.evaluate.control_rows)
-            arrays[f"right_{arm}"] = np.array([x["right"] for x in lookups])
-            arrays[f"share_{arm}"] = np.array([x["tokens"] for x in lookups])
-            if trained:
-                arrays["lookup_distance"] = np.array([x["distance"] for x in lookups])
-                arrays["lookup_row"] = np.array([x["row"] for x in lookups])
-                arrays["lookup_kind"] = np.array([x["kind"] for x in lookups])
-        if group in ("dense", "dsa"):
-            metrics["generations"] = generate(model, tokenizer, rows, texts, p.evaluate.generations)
-        if group in ("dense", "dsa", "window"):
-            metrics["retrieval"] = retrieval(model, tokenizer, p.evaluate.retrieval)
-        if group in ("warmup", "dsa"):
-            metrics["selection"] = selection(model, rows[: p.evaluate.statistics_rows], p.topk)
-        if group == "dsa":
-            metrics["topk_sweep"] = {}
-            for topk in sorted({*p.evaluate.topk_sweep, p.topk}):
-                model.config.index_topk = topk
-                summary = metrics["arms"]["dsa"] if topk == p.topk else run(f"k{topk}", p.evaluate.control_rows)[0]
-                metrics["topk_sweep"][str(topk)] = {
-                    key: summary[key] for key in ("loss", "loss_all_tokens", "retrieval", "retrieval_tokens")
-                }
-            model.config.index_topk = p.topk
-            arrays |= heatmap(model, rows[0])
-    out = Path(f"data/evaluate/{group}.npz")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(out, **arrays)
-    write_json(Path(f"reports/evaluate/{group}.json"), metrics)
-
-
 def retrieval(model: Qwen2DSAForCausalLM, tokenizer, grid) -> list[dict]:
     """Key-value retrieval by length and depth: exact values, and the share of their tokens that is right."""
     found = []
@@ -209,6 +131,79 @@ def heatmap(model: Qwen2DSAForCausalLM, row: dict, queries: int = 256) -> dict[s
     observe_dense(model, torch.tensor([row["input_ids"]], device=model.device), observer)
     maps = {"heatmap_wanted": observer.wanted, "heatmap_offered": observer.offered}
     return {name: x.cpu().numpy().astype(np.float16) for name, x in maps.items()} | {"heatmap_layer": np.array(layer)}
+
+
+class Evaluation:
+    """A group's model, the held-out rows, and what was measured so far: numbers, and arrays by token or look-up."""
+
+    def __init__(self, group: arms.Group, p: params.Params):
+        path, self.p, self.options = Path("data/long/test.jsonl.gz"), p, p.evaluate
+        topk = {"index_topk": p.topk} if group.sparse else {}
+        self.model = Qwen2DSAForCausalLM.from_pretrained(group.model, dtype="float32", **topk).eval()
+        if torch.cuda.is_available():
+            self.model.cuda()
+        self.tokenizer = AutoTokenizer.from_pretrained(group.model)
+        self.texts = list(read_rows(path))[: self.options.rows]
+        self.rows = examples(self.tokenizer, path, p.data.max_length)[: self.options.rows]
+        self.metrics: dict = {"arms": {}}
+        self.arrays: dict[str, np.ndarray] = {
+            "lengths": np.array([len(r["input_ids"]) - 1 for r in self.rows]),
+            "answers": np.concatenate([np.array(r["labels"][1:]) != IGNORE for r in self.rows]),
+        }
+
+    def predictions(self, name: str, changes: dict, count: int) -> tuple[dict, list[dict]]:
+        """Those of the first rows, with changes of the config: kept by name, and as `summarize` has them."""
+        start, rows = time.monotonic(), self.rows[:count]
+        with changed(self.model.config, **changes):
+            found = [predict(self.model, row["input_ids"]) for row in tqdm(rows, desc=name)]
+        summary, lookups = summarize(self.tokenizer, rows, self.texts[:count], found)
+        summary["tokens_per_second"] = round(summary["tokens"] / (time.monotonic() - start))
+        self.arrays[f"nll_{name}"] = torch.cat([x.nll for x in found]).numpy()
+        self.arrays[f"argmax_{name}"] = torch.cat([x.argmax for x in found]).numpy().astype(np.int32)
+        return summary, lookups
+
+    def arm(self, name: str, arm: arms.Arm) -> None:
+        count = self.options.rows if arm.trained_by else self.options.control_rows
+        self.metrics["arms"][name], lookups = self.predictions(name, arm.changes, count)
+        self.arrays[f"right_{name}"] = np.array([x["right"] for x in lookups])
+        self.arrays[f"share_{name}"] = np.array([x["tokens"] for x in lookups])
+        if arm.trained_by:
+            self.arrays |= {f"lookup_{key}": np.array([x[key] for x in lookups]) for key in ("distance", "row", "kind")}
+
+    def generations(self) -> None:
+        answers = generate(self.model, self.tokenizer, self.rows, self.texts, self.options.generations)
+        self.metrics["generations"] = answers
+
+    def retrieval(self) -> None:
+        self.metrics["retrieval"] = retrieval(self.model, self.tokenizer, self.options.retrieval)
+
+    def selection(self) -> None:
+        self.metrics["selection"] = selection(self.model, self.rows[: self.options.statistics_rows], self.p.topk)
+
+    def topk_sweep(self) -> None:
+        """The trained model at other k than it was trained with, and at that one."""
+        found = {self.p.topk: next(self.metrics["arms"][arm] for arm in self.metrics["arms"] if arm in arms.TRAINED)}
+        for k in sorted({*self.options.topk_sweep} - {self.p.topk}):
+            found[k], _ = self.predictions(f"k{k}", {"index_topk": k}, self.options.control_rows)
+        shown = ("loss", "loss_all_tokens", "retrieval", "retrieval_tokens")
+        self.metrics["topk_sweep"] = {str(k): {name: found[k][name] for name in shown} for k in sorted(found)}
+
+    def heatmap(self) -> None:
+        self.arrays |= heatmap(self.model, self.rows[0])
+
+
+def main(name: str) -> None:
+    group = arms.GROUPS[name]
+    evaluation = Evaluation(group, params.load(f"evaluate@{name}"))
+    with measured(evaluation.metrics), torch.no_grad():
+        for arm, about in arms.of(name).items():
+            evaluation.arm(arm, about)
+        for what in group.measures:
+            getattr(evaluation, what)()
+    out = Path(f"data/evaluate/{name}.npz")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(out, **evaluation.arrays)
+    write_json(Path(f"reports/evaluate/{name}.json"), evaluation.metrics)
 
 
 if __name__ == "__main__":

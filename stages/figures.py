@@ -10,26 +10,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from stages.arms import ARMS, COLORS, LABELS, TRAINED
 from stages.statistics import mean_with_error
 
-COLORS = {
-    "dense": "#222222",
-    "dsa": "#d1495b",
-    "window_trained": "#2e86ab",
-    "warmup": "#edae49",
-    "oracle": "#66a182",
-    "dsa_oracle": "#66a182",
-    "base": "#888888",
-}
-LABELS = {
-    "dense": "dense attention",
-    "dsa": "DSA",
-    "window_trained": "recency window, trained",
-    "warmup": "warm-up only",
-    "oracle": "oracle top-k",
-    "dsa_oracle": "oracle top-k, DSA model",
-    "base": "base model, dense",
-}
 BIN = 128  # positions
 
 plt.rcParams.update(
@@ -47,15 +30,10 @@ plt.rcParams.update(
     }
 )
 
-STYLES = {  # so that the arms are told apart without colour, and dense attention under a line that lies on it
-    "dense": {"linewidth": 3.5},
-    "window_trained": {"linestyle": "--"},
-}
-
 
 def line(arm: str) -> dict:
     """How an arm's line is drawn, and its label."""
-    return {"color": COLORS[arm], "label": LABELS[arm], **STYLES.get(arm, {})}
+    return {"color": COLORS[arm], "label": LABELS[arm], **ARMS[arm].line}
 
 
 def plain_log(axis) -> None:
@@ -151,8 +129,8 @@ def mass_by_layer(selections: dict[str, dict], topk: int, path: Path) -> None:
 
 def training_curves(curves: dict[str, pd.DataFrame], path: Path) -> None:
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4))
-    for stage, arm in (("dense", "dense"), ("sparse", "dsa"), ("window", "window_trained")):
-        curve = curves[stage]
+    for arm in TRAINED:
+        curve = curves[ARMS[arm].trained_by]
         left.plot(curve["step"], curve["lm_loss"], color=COLORS[arm], alpha=0.2)
         left.plot(curve["step"], curve["lm_loss"].rolling(8, min_periods=1).mean(), **line(arm))
     left.set_ylabel("training loss on answers (nats per token)")

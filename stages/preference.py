@@ -2,9 +2,8 @@
 
 import numpy as np
 
+from stages.arms import PAIR
 from stages.statistics import Predictions, load, mean_with_error
-
-ARMS = ("dense", "dsa")
 
 
 def measures(scores: dict[str, np.ndarray], beta: float) -> dict[str, np.ndarray]:
@@ -25,7 +24,7 @@ def summarize(metrics: dict[str, dict], beta: float, predictions: Predictions) -
         metrics: of the two `dpo` stages, by arm.
         predictions: of the language-model rows, with the arms before and after.
     """
-    scores = {arm: load(f"data/dpo/{arm}.npz") for arm in ARMS}
+    scores = {arm: load(f"data/dpo/{arm}.npz") for arm in PAIR}
     measured = {arm: measures(s, beta) for arm, s in scores.items()}
     unit = scores["dense"]["unit"]
     arms = {}

@@ -15,15 +15,13 @@ import markdown_it
 import pandas as pd
 
 from stages import figures, params, preference
+from stages.arms import ARMS, GROUPS, LABELS, PAIR, TRAINED, UNTRAINED
 from stages.common import device_name, git_commit, write_json
 from stages.markdown import page
 from stages.statistics import Predictions
 
 REPORTS = Path("reports")
 FIGURES = REPORTS / "figures"
-GROUPS = ("dense", "warmup", "dsa", "window", "dpo_dense", "dpo_dsa")
-TRAINED = ("dense", "dsa", "window_trained")
-UNTRAINED = ("base", "oracle", "warmup", "sink_window", "window", "random")
 EMBEDDED = "data/base"
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "dvc", "trl")
 
@@ -128,7 +126,7 @@ def draw(
     if base:
         curve = pd.read_csv(f"{EMBEDDED}/pretrain.csv")
         figures.base_curve(curve, base["held_out_loss"], FIGURES / "base_curve.png")
-    dpo = {arm: pd.read_csv(REPORTS / f"dpo/{arm}.csv") for arm in preference.ARMS}
+    dpo = {arm: pd.read_csv(REPORTS / f"dpo/{arm}.csv") for arm in PAIR}
     figures.preference(dpo, tables["preference"], FIGURES / "preference.png")
     figures.row_lengths(histogram, p.data.min_tokens, p.data.max_length, FIGURES / "row_lengths.png")
     if p.evaluate.retrieval.lengths:
@@ -160,12 +158,12 @@ def to_html(markdown: str) -> str:
 def main() -> None:
     p = params.load("report")
     evaluations = {name: read(f"evaluate/{name}.json") for name in GROUPS}
-    dpo = {arm: read(f"dpo/{arm}.json") for arm in preference.ARMS}
+    dpo = {arm: read(f"dpo/{arm}.json") for arm in PAIR}
     train = {name: read(f"train/{name}.json") for name in ("dense", "warmup", "sparse", "window")}
     data = {name: read(f"data/{name}.json") for name in ("model", "download", "filter", "pairs")}
     cost = read("benchmark/cost.json")
     curves = {name: pd.read_csv(REPORTS / f"train/{name}.csv") for name in train}
-    predictions = Predictions(GROUPS)
+    predictions = Predictions(tuple(GROUPS))
     arms = {arm: numbers for e in evaluations.values() for arm, numbers in e["arms"].items()}
     few = predictions.first(p.evaluate.control_rows)
     sweep = [
@@ -177,10 +175,7 @@ def main() -> None:
         "untrained": compare(predictions, arms, UNTRAINED, "base"),
         "sweep": sweep,
         "sweep_reference": {arm: few.summary(arm, "dense") for arm in ("dense", "window_trained")},
-        "retrieval": {
-            arm: evaluations[group]["retrieval"]
-            for arm, group in (("dense", "dense"), ("dsa", "dsa"), ("window_trained", "window"))
-        },
+        "retrieval": {arm: evaluations[ARMS[arm].group]["retrieval"] for arm in TRAINED},
         "preference": preference.summarize(dpo, p.dpo.beta, predictions),
     }
     selections = {"warmup": evaluations["warmup"]["selection"], "dsa": evaluations["dsa"]["selection"]}
@@ -198,6 +193,7 @@ def main() -> None:
     }
     context = {
         "p": p,
+        "labels": LABELS,
         "params": params.dump(params.read(Path("params.yaml"))).strip(),
         "rows": rows,
         **tables,
@@ -207,7 +203,7 @@ def main() -> None:
         "base": base,
         "cost": cost,
         "cost_spread": cost_spread(cost),
-        "harness": {arm: read(f"harness/{arm}.json")["tasks"] for arm in preference.ARMS},
+        "harness": {arm: read(f"harness/{arm}.json")["tasks"] for arm in PAIR},
         "selections": selections,
         "generations": list(zip(evaluations["dense"]["generations"], evaluations["dsa"]["generations"], strict=True)),
         "stages": stages_table(train, dpo, evaluations, data | {"benchmark": cost}),

@@ -16,6 +16,7 @@ from benchmarks.probes import MissedKeys, QueryStatistics, losses, sparse_in
 from dsa import from_dense, index_scores
 from dsa.evaluation.predictions import attention_mass, observe_dense
 from dsa.reference import attention_logits
+from stages.arms import groups_of
 from stages.common import write_rows
 from stages.statistics import Predictions
 from stages.training import examples
@@ -149,7 +150,7 @@ def test_the_parts_add_up_on_the_rows_that_all_arms_have(tmp_path, monkeypatch):
     nll = {arm: rng.random(25 if arm in ("dense", "dsa") else 21).astype(np.float32) for arm in arms()}
     save_predictions(tmp_path, lengths, answers, nll)
     monkeypatch.chdir(tmp_path)
-    found = decomposition(Predictions(failures.GROUPS), np.array([0, 1, 0, 2]))
+    found = decomposition(Predictions(groups_of(*failures.ARMS)), np.array([0, 1, 0, 2]))
     for group in ("base", "trained", "change"):
         assert found[f"{group}_budget"]["mean"] + found[f"{group}_indexer"]["mean"] == pytest.approx(
             found[group]["mean"]

@@ -1,9 +1,12 @@
 """What a model predicts on held-out rows, and what its indexer selects against what attention wanted."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from dsa.config import Qwen2DSAConfig
 from dsa.data.rows import IGNORE
 from dsa.indexer import index_scores
 from dsa.masks import Slab, membership
@@ -116,16 +119,28 @@ class SelectionStatistics:
         self.layers.append({name: total / count if count else 1.0 for name, total in sums.items()})
 
 
+@contextmanager
+def changed(config: Qwen2DSAConfig, **fields) -> Iterator[None]:
+    """Other values of a config's fields, for as long as it is held."""
+    before = {name: getattr(config, name) for name in fields}
+    try:
+        for name, value in fields.items():
+            setattr(config, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
 @torch.no_grad()
 def observe_dense(model: Qwen2DSAForCausalLM, ids: torch.Tensor, observer: AttentionObserver) -> None:
     """Show an observer the model on ids [B, L] under dense attention, whatever its mode."""
-    mode, training = model.config.attention_mode, model.training
-    model.config.attention_mode = "dense"
+    training = model.training
     model.eval()
     try:
-        model.model(ids, observer=observer, use_cache=False)
+        with changed(model.config, attention_mode="dense"):
+            model.model(ids, observer=observer, use_cache=False)
     finally:
-        model.config.attention_mode = mode
         model.train(training)
 
 
