@@ -66,7 +66,11 @@ def ids() -> torch.Tensor:
 def march(request, monkeypatch) -> str:
     """CPU kernels for this processor, for AVX2, and for the four lanes that stand in for NEON."""
     if request.param != "native":
-        flags = Path("/proc/cpuinfo").read_text() if platform.machine() == "x86_64" and os.name == "posix" else ""
+        flags = (
+            Path("/proc/cpuinfo").read_text(encoding="utf-8")
+            if platform.machine() == "x86_64" and os.name == "posix"
+            else ""
+        )
         if ("avx2" if request.param == "x86_64_v3" else "sse4_2") not in flags:
             pytest.skip(f"this processor does not run {request.param}")
     monkeypatch.setattr(build, "MARCH", request.param)
