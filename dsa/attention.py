@@ -3,7 +3,7 @@
 The `reference` backend is that of dsa/reference.py. The `gather` backend needs no kernel: a slab of neighbouring
 queries selects overlapping keys, so it runs plain attention of the slab over the union of its keys, masked by
 membership. Where a long context leaves little overlap, and no gradient is wanted, each query gathers its own keys
-instead. The `triton` backend (dsa/kernels/triton) is the one for CUDA.
+instead. The `triton` backend (dsa/kernels/triton) is the one for CUDA, and `cpu` (dsa/kernels/cpu) the one for CPUs.
 """
 
 import logging
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from dsa import kernels, reference
 from dsa.kernels import BACKENDS
-from dsa.kernels.cpu import decode
+from dsa.kernels.cpu import attend, decode
 from dsa.masks import SLAB_ELEMENTS
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,8 @@ def sparse_attention(
         indices: int [B, T, K], key indices without repeats; -1 is no key. A query without any key gets zeros.
         scaling: D^-0.5 by default.
         backend: one of `dsa.kernels.BACKENDS`. When None, "triton" for CUDA tensors and "cpu" for those on a CPU whose
-            type and sizes its kernels take, "gather" for all others, unless DSA_BACKEND says otherwise.
+            type and sizes its kernels take, "gather" for all others, unless DSA_BACKEND says otherwise. Few queries of
+            a long row are left to "gather": "cpu" packs all keys first.
 
     Returns:
         [B, Hq, T, D] in the dtype of q. Differentiable in q, k and v.
@@ -59,9 +60,12 @@ def sparse_attention(
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: {backend!r} is not one of {BACKENDS}")
     decoding = T == 1 and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
-    kernel = (decode, q.dtype, Hq // k.shape[1], D) if decoding and q.dtype == k.dtype == v.dtype else None
+    kernel = None
+    if q.dtype == k.dtype == v.dtype:
+        kernel = (decode, q.dtype, Hq // k.shape[1], D) if decoding else (attend, q.dtype, Hq, k.shape[1], D)
     if backend is None:
-        backend = kernels.chosen(q, D, cpu=kernel)
+        few = not decoding and 2 * T * indices.shape[2] < k.shape[2]
+        backend = kernels.chosen(q, D, cpu=None if few else kernel)
     elif backend == "triton":
         kernels.require(q, D)
     elif backend == "cpu":
@@ -75,7 +79,8 @@ def sparse_attention(
 
         return sparse_attention_triton(q, k, v, indices, scaling)[0]
     if backend == "cpu":
-        return decode.decode_attention(q, k, v, indices, scaling)
+        run = decode.decode_attention if decoding else attend.sparse_attention_cpu
+        return run(q, k, v, indices, scaling)
     if decoding:
         return decode_attention(q, k, v, indices, scaling)
     return GatherAttention.apply(q, k, v, indices, scaling)

@@ -8,6 +8,7 @@ import torch
 
 from dsa import kernels, reference
 from dsa.kernels import BACKENDS
+from dsa.kernels.cpu import loss
 from dsa.masks import Visibility
 from dsa.reference import MASKED, attention_logits, mean_softmax
 
@@ -32,9 +33,9 @@ def indexer_kl(
         scaling: the attention's.
         visible: which keys each query sees; padding and other documents are no keys, and padding no query position.
         indices: int [B, T, K] from `select_topk`, the keys that attention really used; None for dense attention.
-        backend: one of `dsa.kernels.BACKENDS`; "gather" works a slab of queries at a time. When None, "triton" for CUDA
-            tensors that its kernels take and "gather" for all others, unless the environment variable DSA_BACKEND says
-            otherwise.
+        backend: one of `dsa.kernels.BACKENDS`; "gather" works a slab of queries at a time, and "cpu" over selected
+            keys only. When None, "triton" or "cpu" where its kernels take such tensors and "gather" for all others,
+            unless the environment variable DSA_BACKEND says otherwise.
 
     Returns:
         A scalar. All but the reference compute its gradient on the way: nothing of size T x S is kept.
@@ -44,12 +45,18 @@ def indexer_kl(
     """
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: {backend!r} is not one of {BACKENDS}")
-    if backend is None:
-        backend = "gather" if visible.explicit is not None else kernels.chosen(q, q.shape[3], "indexer loss")
-    index = index_q, index_k, index_weights
+    index, kernel = (index_q, index_k, index_weights), None
+    if indices is not None and q.dtype == k.dtype:
+        kernel = (loss, q.dtype, q.shape[1], *k.shape[1::2], *index_q.shape[2:])
+    if backend == "cpu":
+        kernels.require_cpu(q, kernel)
+    elif backend is None:
+        backend = kernels.chosen(q, q.shape[3], "indexer loss", kernel)
+        if backend == "triton" and visible.explicit is not None:  # it takes no whole mask
+            backend = "gather"
     if backend == "reference":
         return reference.indexer_kl(*index, q, k, scaling, visible, indices)
-    compute = kl_in_slabs
+    compute = loss.kl_of_selected if backend == "cpu" else kl_in_slabs
     if backend == "triton":
         from dsa.kernels.triton.losses import kl_in_tiles as compute  # needs Triton, which not every platform has
 

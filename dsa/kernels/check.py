@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 from dsa import kernels, reference
-from dsa.kernels.cpu import decode, select
+from dsa.kernels.cpu import attend, decode, loss, select
 from dsa.masks import Slab, Visibility
 
 # Of a relative RMS error, against float64: some roundings of the type for sums of this length.
@@ -96,17 +96,21 @@ def _scores(device, dtype, head_dim: int) -> float:
 def _loss(device, dtype, head_dim: int) -> float:
     from dsa.kernels.triton.losses import kl_in_tiles
 
-    index = _random(device, dtype, (1, 40, 3, 32), (1, 40, 32), (1, 40, 3))
-    wide = [x.detach().double().requires_grad_() for x in index]
     q, k = (x.detach() for x in _random(device, dtype, (1, 4, 40, head_dim), (1, 2, 40, head_dim)))
-    visible, valid, scaling = Visibility(40, 40), torch.ones(1, 40, dtype=torch.bool, device=device), head_dim**-0.5
-    worst = 0.0
-    for indices in (None, _indices(device)):
-        total, grads = kl_in_tiles([x.detach() for x in index], q, k, scaling, visible, indices, valid, wanted=True)
-        mean = reference.indexer_kl(*wide, q.double(), k.double(), scaling, visible, indices)
-        expected = [mean.detach(), *torch.autograd.grad(mean, wide)]
-        worst = max(worst, _error([x / valid.sum() for x in (total, *grads)], expected))
-    return worst
+    return max(_loss_error(kl_in_tiles, (3, 32), dtype, q, k, indices) for indices in (None, _indices(device)))
+
+
+def _loss_error(compute, index_shape: tuple[int, int], dtype, q, k, indices) -> float:
+    """Of a `compute` of `dsa.losses.MeanLoss`, index tensors in dtype."""
+    H, D = index_shape
+    index = _random(q.device, dtype, (1, 40, H, D), (1, 40, D), (1, 40, H))
+    wide = [x.detach().double().requires_grad_() for x in index]
+    visible, valid = Visibility(40, 40), torch.ones(1, 40, dtype=torch.bool, device=q.device)
+    scaling = q.shape[3] ** -0.5
+    total, grads = compute([x.detach() for x in index], q, k, scaling, visible, indices, valid, True)
+    mean = reference.indexer_kl(*wide, q.double(), k.double(), scaling, visible, indices)
+    expected = [mean.detach(), *torch.autograd.grad(mean, wide)]
+    return _error([x / valid.sum() for x in (total, *grads)], expected)
 
 
 def _selection(device, dtype, heads: int, head_dim: int) -> float:
@@ -137,4 +141,24 @@ def _decoding(device, dtype, group: int, head_dim: int) -> float:
     return _error([decode.decode_attention(q, k, v, indices, head_dim**-0.5)], [expected])
 
 
-CPU = {decode: ("decoding attention", _decoding), select: ("key selection", _selection)}
+def _own_attention(device, dtype, Hq: int, Hkv: int, head_dim: int) -> float:
+    inputs = _random(device, dtype, (1, Hq, 40, head_dim), (1, Hkv, 40, head_dim), (1, Hkv, 40, head_dim))
+    indices, scaling = _indices(device), head_dim**-0.5
+    return _compare(
+        lambda *x: attend.sparse_attention_cpu(*x, indices, scaling),
+        lambda *x: reference.sparse_attention(*x, indices, scaling),
+        inputs,
+    )
+
+
+def _own_loss(device, dtype, Hq: int, Hkv: int, head_dim: int, index_heads: int, index_dim: int) -> float:
+    q, k = (x.detach() for x in _random(device, dtype, (1, Hq, 40, head_dim), (1, Hkv, 40, head_dim)))
+    return _loss_error(loss.kl_of_selected, (index_heads, index_dim), torch.float32, q, k, _indices(device))
+
+
+CPU = {
+    attend: ("sparse attention", _own_attention),
+    decode: ("decoding attention", _decoding),
+    loss: ("indexer loss", _own_loss),
+    select: ("key selection", _selection),
+}

@@ -43,14 +43,14 @@ def units_of(Hq: int, Hkv: int) -> Units:
     return Units(heads, n, Hq // heads, Hkv // n)
 
 
-def obstacle(q: torch.Tensor, k: torch.Tensor) -> str | None:
-    """Why `sparse_attention_cpu` cannot run for such q and k; None if it can."""
-    D = q.shape[3]
-    if q.dtype not in DTYPES or k.dtype != q.dtype:
-        return f"queries and keys of {q.dtype} and {k.dtype}"
+def obstacle(dtype: torch.dtype, Hq: int, Hkv: int, D: int) -> str | None:
+    """Why `sparse_attention_cpu` cannot run for q, k and v of such a type, numbers of heads and head size; None if it
+    can."""
+    if dtype not in DTYPES:
+        return f"{dtype} is not one of {tuple(DTYPES)}"
     if D not in HEAD_DIMS:
         return f"head size {D} is not one of {HEAD_DIMS}"
-    return build.obstacle("attend.c", **defines(q, units_of(q.shape[1], k.shape[1])))
+    return build.obstacle("attend.c", **defines(dtype, units_of(Hq, Hkv), D))
 
 
 def sparse_attention_cpu(
@@ -61,9 +61,14 @@ def sparse_attention_cpu(
     Raises:
         IndexError: an index beyond the last key.
     """
-    if indices.numel() and int(indices.amax()) >= k.shape[2]:
-        raise IndexError(f"indices: {int(indices.amax())} of {k.shape[2]} keys")
-    return Attend.apply(q, k, v, indices.int().contiguous(), scaling)
+    return Attend.apply(q, k, v, checked(indices, k.shape[2]), scaling)
+
+
+def checked(indices: torch.Tensor, S: int) -> torch.Tensor:
+    """As the kernels read them, int32; IndexError where one is beyond the last key."""
+    if indices.numel() and int(indices.amax()) >= S:
+        raise IndexError(f"indices: {int(indices.amax())} of {S} keys")
+    return indices.int().contiguous()
 
 
 class Attend(torch.autograd.Function):
@@ -73,7 +78,7 @@ class Attend(torch.autograd.Function):
     def forward(ctx, q, k, v, indices, scaling):
         (B, Hq, T, _D), (Hkv, S), K = q.shape, k.shape[1:3], indices.shape[2]
         units = units_of(Hq, Hkv)
-        lib = build.library("attend.c", **defines(q, units))
+        lib = build.library("attend.c", **defines(q.dtype, units, D))
         q, kv = tokens_first(q), _pack(lib, k, v, units)  # (B, T, Hq, D), (B, sets, S, 2, D, key heads)
         out, lse = torch.empty_like(q), torch.empty(B, T, Hq)
         scratch = lib.dsa_attend_scratch(K)
@@ -140,6 +145,6 @@ def partitions(T: int) -> list[tuple[int, int]]:
     return [(start, stop) for start, stop in pairwise(cuts) if start < stop]
 
 
-def defines(q: torch.Tensor, units: Units) -> dict[str, int]:
-    """What a kernel for q [B, H, T, D] is compiled with."""
-    return {"HQ": units.heads, "HKV": units.key_heads, "D": q.shape[3], **DTYPES[q.dtype]}
+def defines(dtype: torch.dtype, units: Units, D: int) -> dict[str, int]:
+    """What a kernel is compiled with."""
+    return {"HQ": units.heads, "HKV": units.key_heads, "D": D, **DTYPES[dtype]}

@@ -8,6 +8,7 @@
 #define LN LANES
 #include "columns.h"
 #include "lanes.h"
+#include "number.h"
 
 #define SHARE 512
 #define AHEAD (2 * LANES)                                  // keys between a prefetch and its use
@@ -17,31 +18,16 @@
 #define NC (FIT(8) ? 8 : FIT(4) ? 4 : FIT(2) ? 2 : 1)      // columns at once: HEADS x NC accumulators of values
 
 #ifdef BF16
-typedef uint16_t number;
-#define WORDS (D / 2)
-static inline float widen(number x) { uint32_t bits = (uint32_t)x << 16; float f; __builtin_memcpy(&f, &bits, 4); return f; }
-static inline number narrow(float x) {  // to the nearest, ties to even
-    uint32_t bits;
-    __builtin_memcpy(&bits, &x, 4);
-    return x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : bits >> 16 | 0x40;
-}
+#define WORDS (D / 2)  // of 32 bits, of a row
 static inline vf load_value(const number *p) { return load_bf16(p); }
 #else
-typedef float number;
 #define WORDS D
-static inline float widen(number x) { return x; }
-static inline number narrow(float x) { return x; }
 static inline vf load_value(const number *p) { return load(p); }
 #endif
 
 struct share {
     float max[G], sum[G];  // of exp(logit - max)
     float o[G][D];         // sum of exp(logit - max) v
-};
-
-struct cache {  // [B][heads][S][D], numbers between neighbours
-    const number *at;
-    int64_t row, head, token;
 };
 
 static inline const number *find(const number *x, int64_t token, const int32_t *keys, int i, int n) {

@@ -11,11 +11,12 @@ int64_t dsa_loss_scratch(int64_t K) {
     return PADDED(K + 1) * sizeof(vh) + 2 * PADDED(K) * sizeof(float) + LIST(K) * sizeof(int32_t);
 }
 
-// Queries t0 .. t1 - 1 of index queries q [T][HQ][D] and weights w [T][HQ], which `scale` multiplies, at indices [T][K] of
-// index keys k [S][D], against sums [t1 - t0][stride] over so many heads. Of the queries that are valid [T] the loss is added to
-// total, and unless they are NULL dq and dw are written and dk [S][D] is added to; those of the others are zeros.
-void dsa_loss(const float *q, const float *w, const float *k, const int32_t *indices, int64_t K, const uint8_t *valid,
-              int64_t t0, int64_t t1, float scale, const float *sums, int64_t stride, int64_t heads, double *total,
+// Queries t0 .. t1 - 1 of index queries q [T][HQ][D] and weights w [T][HQ], which `scale` multiplies, at indices [T][K]
+// of index keys k [S][D], against sums [t1 - t0][stride] over so many heads. Of the queries that are valid [T] the loss
+// is added to total, and unless they are NULL dq and dw are written and dk [S][D] is added to; those of the others are
+// zeros.
+void dsa_loss(const float *q, const float *w, const float *k, const int32_t *indices, int64_t K, int64_t t0, int64_t t1,
+              const uint8_t *valid, float scale, const float *sums, int64_t stride, int64_t heads, double *total,
               float *dq, float *dw, float *dk, void *scratch) {
     vh qt[D], *dots = scratch, zero = {};
     _Alignas(64) float o[HQ][D];

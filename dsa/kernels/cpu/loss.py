@@ -4,8 +4,8 @@ from itertools import product
 
 import torch
 
-from dsa.kernels.cpu import attend, build, threads
-from dsa.kernels.cpu.attend import Units, partitions, tokens_first, units_of
+from dsa.kernels.cpu import build, threads
+from dsa.kernels.cpu.attend import DTYPES, HEAD_DIMS, Units, checked, defines, partitions, tokens_first, units_of
 from dsa.masks import Visibility
 
 HEADS = range(1, 17)
@@ -14,18 +14,15 @@ ROWS = 64  # queries whose targets exist at once
 Index = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # index queries, keys and weights
 
 
-def obstacle(q: torch.Tensor, k: torch.Tensor, index: Index) -> str | None:
-    """Why `kl_of_selected` cannot run for such tensors; None if it can."""
-    H, D = index[0].shape[2:]
-    if index[0].dtype not in attend.DTYPES or index[1].dtype not in attend.DTYPES:
-        return f"index queries and keys of {index[0].dtype} and {index[1].dtype}"
-    if H not in HEADS or D not in attend.HEAD_DIMS:
-        return f"{H} index heads of {D} are not 1 to 16 of {attend.HEAD_DIMS}"
-    units = units_of(q.shape[1], k.shape[1])
-    return (
-        attend.obstacle(q, k)
-        or build.obstacle("target.c", **attend.defines(q, units))
-        or build.obstacle("loss.c", HQ=H, HKV=1, D=D)
+def obstacle(dtype: torch.dtype, Hq: int, Hkv: int, D: int, H: int, DI: int) -> str | None:
+    """Why `kl_of_selected` cannot run for q and k of such a type, numbers of heads and head size, and H index heads of
+    size DI; None if it can."""
+    if dtype not in DTYPES:
+        return f"{dtype} is not one of {tuple(DTYPES)}"
+    if D not in HEAD_DIMS or H not in HEADS or DI not in HEAD_DIMS:
+        return f"heads of {D} and {H} index heads of {DI} are not of {HEAD_DIMS}, up to {max(HEADS)}"
+    return build.obstacle("target.c", **defines(dtype, units_of(Hq, Hkv), D)) or build.obstacle(
+        "loss.c", HQ=H, HKV=1, D=DI
     )
 
 
@@ -44,12 +41,12 @@ def kl_of_selected(
     Memory beyond the gradients: a few copies of the index keys, and [ROWS, K] for each thread.
     """
     (B, T, H, DI), (S, Hq), K = index[0].shape, (k.shape[2], q.shape[1]), indices.shape[2]
-    units = units_of(Hq, k.shape[1])
-    target_lib = build.library("target.c", **attend.defines(q, units))
+    units, indices = units_of(Hq, k.shape[1]), checked(indices, S)
+    target_lib = build.library("target.c", **defines(q.dtype, units, q.shape[3]))
     loss_lib = build.library("loss.c", HQ=H, HKV=1, D=DI)
     q, rows = tokens_first(q), _pack(target_lib, k, units)  # (B, T, Hq, D), (B, sets, S, D, key heads)
     index_q, index_k, weights = (x.float().contiguous() for x in index)
-    indices, valid = indices.int().contiguous(), valid.contiguous()
+    valid, scale = valid.contiguous(), (H * DI) ** -0.5
     dq, dw = (torch.empty_like(index_q), torch.empty_like(weights)) if wanted else (None, None)
     size = max(target_lib.dsa_target_scratch(K), loss_lib.dsa_loss_scratch(K))
 
@@ -57,27 +54,16 @@ def kl_of_selected(
         """Sum of the losses of some queries, float64 [1], and dk [keys, DI], as far as they selected keys."""
         total, scratch = torch.zeros(1, dtype=torch.float64), torch.empty(size, dtype=torch.uint8)
         dk = torch.zeros(int(indices[b, start:stop].amax()) + 1, DI) if wanted else None
+        grads = (dq[b], dw[b], dk) if wanted else (None, None, None)
+        index = index_q[b], weights[b], index_k[b]
         for t in range(start, stop, ROWS):
-            end = min(t + ROWS, stop)
-            p = torch.zeros(end - t, -(-K // 16) * 16)
+            queries = indices[b], K, t, min(t + ROWS, stop)
+            p = torch.zeros(ROWS, -(-K // 16) * 16)
             for s in range(units.sets):
                 for heads in units.of(s):
-                    call = target_lib.dsa_target, q[b, :, heads], Hq, rows[b, s], indices[b], K, t, end, scaling
-                    build.call(*call, p, p.stride(0), scratch)
-            call = (
-                loss_lib.dsa_loss,
-                index_q[b],
-                weights[b],
-                index_k[b],
-                indices[b],
-                K,
-                valid[b],
-                t,
-                end,
-                (H * DI) ** -0.5,
-            )
-            grads = (dq[b], dw[b], dk) if wanted else (None, None, None)
-            build.call(*call, p, p.stride(0), Hq, total, *grads, scratch)
+                    call = target_lib.dsa_target, q[b, :, heads], Hq, rows[b, s], *queries, scaling, p, p.stride(0)
+                    build.call(*call, scratch)
+            build.call(loss_lib.dsa_loss, *index, *queries, valid[b], scale, p, p.stride(0), Hq, total, *grads, scratch)
         return total, dk
 
     total = torch.zeros(1, dtype=torch.float64)
