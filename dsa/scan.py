@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 
 from dsa.counting import TokenCounter
-from dsa.data import IGNORE, BadRow, LeftOut, encode, messages_of, pair_of, render, tokenize_pair
+from dsa.data import IGNORE, BadRow, LeftOut, encode, messages_of, pair_of, pair_texts, render, tokenize_pair
 
 log = logging.getLogger(__name__)
 
@@ -175,6 +175,10 @@ class Scan:
         """What is kept of a row whose longest text has so many tokens. Raises BadRow, LeftOut."""
         raise NotImplementedError
 
+    def certainly_apart(self, head: str, answer: str) -> bool:
+        """Whether no token has the end of a prompt and the start of its answer: none goes on after a line's end."""
+        return self.count.fast and head.endswith("\n") and answer[:1].strip() != ""
+
     def check_bad_rows(self) -> None:
         if self.tally.bad_rows > self.max_bad_rows:
             worst = sorted(self.tally.bad.items(), key=lambda item: -len(item[1]))
@@ -280,10 +284,9 @@ class LongRows(Scan):
     def has_answer(self, messages: list[dict]) -> bool:
         """Whether training, which cuts on the right, is left with a token of an answer."""
         first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        if self.count.fast and messages[first]["content"][:1].strip():
-            head = self.tokenizer.apply_chat_template(messages[:first], tokenize=False, add_generation_prompt=True)
-            if head.endswith("\n"):  # no token has the end of this line and the answer's first character
-                return self.count(head) < self.max_length
+        head = self.tokenizer.apply_chat_template(messages[:first], tokenize=False, add_generation_prompt=True)
+        if self.certainly_apart(head, messages[first]["content"]):
+            return self.count(head) < self.max_length
         (example,) = encode(self.tokenizer, [render(self.tokenizer, messages)], self.max_length)
         return any(label != IGNORE for label in example["labels"])
 
@@ -304,14 +307,12 @@ class Pairs(Scan):
             raise LeftOut("empty answer")
         if chosen.strip() == rejected.strip():
             raise LeftOut("equal answers")
-        texts = [
-            self.tokenizer.apply_chat_template(pair["prompt"] + pair[answer], tokenize=False)
-            for answer in ("chosen", "rejected")
-        ]
+        prompt, *texts = pair_texts(self.tokenizer, pair)
+        if not (self.certainly_apart(prompt, chosen) and self.certainly_apart(prompt, rejected)):
+            tokenize_pair(self.tokenizer, pair)  # raises LeftOut
         return pair, texts
 
     def judge(self, row: dict, tokens: int) -> dict:
         if tokens > self.max_length:
             raise LeftOut(f"over {self.max_length} tokens")
-        tokenize_pair(self.tokenizer, row)
         return row
