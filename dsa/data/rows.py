@@ -202,24 +202,31 @@ def encode(tokenizer, conversations: Iterable[Conversation], max_length: int | N
     return examples
 
 
+def pair_texts(tokenizer, pair: dict) -> tuple[str, str, str]:
+    """A pair's prompt with the start of an answer's turn, and the whole conversations that end with either answer.
+
+    Raises BadRow where the chat template rewrites the prompt.
+    """
+    prompt = tokenizer.apply_chat_template(pair["prompt"], tokenize=False, add_generation_prompt=True)
+    chosen, rejected = (
+        tokenizer.apply_chat_template(pair["prompt"] + pair[answer], tokenize=False)
+        for answer in ("chosen", "rejected")
+    )
+    if not (chosen.startswith(prompt) and rejected.startswith(prompt)):
+        raise BadRow("the chat template rewrites the prompt: answers cannot be told from prompts")
+    return prompt, chosen, rejected
+
+
 def tokenize_pair(tokenizer, pair: dict) -> dict[str, list[int]]:
     """A pair's {"prompt_ids", "chosen_ids", "rejected_ids"}, as TRL makes them of the pairs that it trains on.
 
     Raises LeftOut where the end of the prompt and the start of an answer are one token, as before "\\nyes": TRL would
-    end the prompt before that token, where no generation begins. Raises BadRow where the template rewrites the prompt.
+    end the prompt before that token, where no generation begins.
     """
-    prompt = tokenizer.apply_chat_template(pair["prompt"], tokenize=False, add_generation_prompt=True)
-    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    example = {"prompt_ids": prompt_ids}
-    for answer in ("chosen", "rejected"):
-        text = tokenizer.apply_chat_template(pair["prompt"] + pair[answer], tokenize=False)
-        if not text.startswith(prompt):
-            raise BadRow("the chat template rewrites the prompt: answers cannot be told from prompts")
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if ids[: len(prompt_ids)] != prompt_ids:
-            raise LeftOut("a token across prompt and answer")
-        example[f"{answer}_ids"] = ids[len(prompt_ids) :]
-    return example
+    prompt, chosen, rejected = tokenizer(list(pair_texts(tokenizer, pair)), add_special_tokens=False)["input_ids"]
+    if chosen[: len(prompt)] != prompt or rejected[: len(prompt)] != prompt:
+        raise LeftOut("a token across prompt and answer")
+    return {"prompt_ids": prompt, "chosen_ids": chosen[len(prompt) :], "rejected_ids": rejected[len(prompt) :]}
 
 
 class Collator:
