@@ -21,7 +21,8 @@ from dsa.evaluation.predictions import greedy
 from dsa.training.dpo import DSADPOTrainer, as_dataset, score_pair
 from dsa.training.trainer import freeze
 from stages import params
-from stages.common import measured, owned, read_rows, write_json
+from stages.common import measured, owned
+from stages.files import read_rows, write_json
 from stages.training import checkpoints, first_and_last, run, trainer_options, use_all_cores, write_curve
 
 PAIRS = Path("data/pairs")

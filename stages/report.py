@@ -18,7 +18,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from stages import figures, params, preference
 from stages.arms import ARMS, GROUPS, LABELS, PAIR, TRAINED, UNTRAINED
-from stages.common import device_name, git_commit, write_json
+from stages.common import device_name, git_commit
+from stages.files import write_json
 from stages.statistics import Predictions
 
 REPORTS = Path("reports")

@@ -9,7 +9,8 @@ from transformers import TrainingArguments
 
 from dsa import from_dense
 from dsa.data.rows import IGNORE, Collator
-from dsa.training.trainer import DSATrainer, Rows, freeze, supports_bf16
+from dsa.machine import supports_bf16
+from dsa.training.trainer import DSATrainer, freeze
 from stages.params import ParamsError
 from stages.training import split_batch
 
@@ -42,7 +43,7 @@ def trainer_for(model, tmp_path, micro=4, accumulate=1, steps=2, rows=8, callbac
         disable_tqdm=False,
         seed=3,
     )
-    kwargs |= {"train_dataset": Rows(examples(rows)), "data_collator": Collator(0), "callbacks": list(callbacks)}
+    kwargs |= {"train_dataset": examples(rows), "data_collator": Collator(0), "callbacks": list(callbacks)}
     return DSATrainer(model, arguments, **kwargs)
 
 

@@ -202,6 +202,11 @@ def encode(tokenizer, conversations: Iterable[Conversation], max_length: int | N
     return examples
 
 
+def examples(tokenizer, rows: Iterable[dict], max_length: int | None = None) -> list[dict]:
+    """Instruction rows, none of them bad, as `encode` has conversations."""
+    return encode(tokenizer, [render(tokenizer, messages_of(row)) for row in rows], max_length)
+
+
 def tokenize_pair(tokenizer, pair: dict) -> dict[str, list[int]]:
     """A pair's {"prompt_ids", "chosen_ids", "rejected_ids"}, as TRL makes them of the pairs that it trains on.
 

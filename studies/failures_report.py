@@ -1,13 +1,13 @@
-"""reports/failures.md and its figures from the numbers of benchmarks/failures.py."""
+"""reports/failures.md and its figures from the numbers of studies/failures.py."""
 
 import re
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import TOLERANCE, render
 from stages.arms import COLORS
 from stages.figures import plt, save
+from studies.common import TOLERANCE, render
 
 LAYERS_SHOWN = 4  # of a token: those where the indexer misses most
 NAMES = {
