@@ -78,7 +78,7 @@ def test_each_stage_trains_its_part_and_nothing_else(dense_model, tmp_path, stag
     assert ("kl" in first) is (stage in ("warmup", "sparse"))
 
 
-def test_bug_18_warmup_keeps_no_optimizer_state_of_the_backbone(dense_model, tmp_path):
+def test_warmup_keeps_no_optimizer_state_of_the_backbone(dense_model, tmp_path):
     model = model_for(dense_model, "warmup")
     trainer = train(model, tmp_path)
     held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
@@ -112,7 +112,7 @@ def test_the_two_gradients_are_clipped_apart(dense_model, tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["dense", "warmup", "sparse"])
-def test_bug_4_losses_and_steps_do_not_depend_on_how_the_batch_is_cut(dense_model, tmp_path, stage):
+def test_losses_and_steps_do_not_depend_on_how_the_batch_is_cut(dense_model, tmp_path, stage):
     runs = []
     for micro, accumulate in ((4, 1), (2, 2), (1, 4)):
         model = model_for(dense_model, stage)
@@ -128,7 +128,7 @@ def test_bug_4_losses_and_steps_do_not_depend_on_how_the_batch_is_cut(dense_mode
             torch.testing.assert_close(value, runs[0][1][name], rtol=1e-2, atol=2e-4, msg=name)
 
 
-def test_bug_3_without_indexer_training_no_indexer_gradient_exists(dense_model, ids):
+def test_without_indexer_training_no_indexer_gradient_exists(dense_model, ids):
     model = model_for(dense_model, "sparse")
     freeze(model, backbone=False, indexer=True)
     model(ids, labels=ids).loss.backward()
