@@ -18,8 +18,9 @@ from statistics import median
 import torch
 
 from stages.benchmark import measure, summarize
-from stages.common import device_name, git_commit, write_json
+from stages.common import device_name, git_commit
 from stages.cost import QWEN
+from stages.files import write_json
 from stages.params import Benchmark, Indexer
 
 INDEXER = Indexer(n_heads=QWEN.index_heads, head_dim=QWEN.index_dim)

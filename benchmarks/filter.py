@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 
 from dsa.data.rows import BadRow, messages_of
 from dsa.data.scan import LongRows, parse
-from stages.common import device_name, write_json
+from stages.common import device_name
+from stages.files import write_json
 
 
 def plain_loop(tokenizer, lines: list[bytes], min_tokens: int) -> list[int]:

@@ -22,8 +22,10 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from dsa import from_dense
-from dsa.training.trainer import freeze, supports_bf16
-from stages.common import device_name, write_json
+from dsa.machine import supports_bf16
+from dsa.training.trainer import freeze
+from stages.common import device_name
+from stages.files import write_json
 
 STAGES = ("dense", "warmup", "sparse")
 SIZES = (

@@ -7,6 +7,7 @@ reports/speed/int8_keys.json.
 """
 
 import argparse
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,12 @@ import torch
 from transformers import AutoTokenizer
 
 from dsa import Qwen2DSAForCausalLM, index_scores, select_topk
-from dsa.data.rows import IGNORE
+from dsa.data.rows import IGNORE, examples
 from dsa.evaluation.predictions import attention_mass, observe_dense, predict
 from dsa.indexer import pack_int8
 from dsa.masks import membership
-from stages.common import write_json
+from stages.files import read_rows, write_json
 from stages.statistics import mean_with_error
-from stages.training import examples
 
 
 class Overlap:
@@ -57,7 +57,7 @@ def main() -> None:
     model = Qwen2DSAForCausalLM.from_pretrained(args.model, dtype="float32").eval()
     topk, length = model.config.index_topk, model.config.max_position_embeddings
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    rows = examples(tokenizer, args.rows_file, length)[: args.rows]
+    rows = examples(tokenizer, islice(read_rows(args.rows_file), args.rows), length)
     answers = [torch.tensor(row["labels"][1:]) != IGNORE for row in rows]
     ids = [torch.tensor([row["input_ids"]]) for row in rows[: args.statistics_rows]]
     found: dict[str, dict] = {}

@@ -13,10 +13,11 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from dsa.indexer import SCALE_BYTES
-from dsa.training.trainer import supports_bf16
+from dsa.machine import supports_bf16
 from stages import cost, params
-from stages.common import measured, write_json
+from stages.common import measured
 from stages.cost import Shape
+from stages.files import write_json
 from stages.params import Benchmark, Indexer
 
 GENERATED = 8  # tokens of a call of `generate`

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 from dsa import ablations
 from dsa.convert import config_of
 from dsa.data.rows import END_OF_TURN
-from dsa.evaluation.lookups import lookups
+from dsa.evaluation.retrieval import questions
 from stages import params
 from stages.evaluate import RETRIEVAL_SEED
 from stages.training import split_batch
@@ -53,4 +53,4 @@ def experiment() -> None:
         grid, tokenizer = p.evaluate.retrieval, AutoTokenizer.from_pretrained(BASE)
         for length in grid.lengths:
             if length < 2 * min(grid.lengths):  # what fits into one fits into twice as many tokens
-                lookups(tokenizer, length, grid.depths, grid.rows, RETRIEVAL_SEED)
+                questions(tokenizer, length, grid.depths, grid.rows, RETRIEVAL_SEED)

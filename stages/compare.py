@@ -1,6 +1,6 @@
 """Stage `compare`: DSA minus dense attention on the same held-out rows, as few numbers that `dvc exp show` can list.
 
-It needs two arms only, so that a sweep over experiments (benchmarks/sweep.py) runs no other. The sums of each row are
+It needs two arms only, so that a sweep over experiments (studies/sweep.py) runs no other. The sums of each row are
 there too: experiments have the same held-out rows, and are compared with each other on these.
 """
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from stages import params
 from stages.arms import PAIR
-from stages.common import write_json
+from stages.files import write_json
 from stages.statistics import Predictions, mean_with_error
 
 

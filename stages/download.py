@@ -19,7 +19,8 @@ from transformers import AutoTokenizer
 from dsa.data import corpus, sources
 from dsa.data.scan import LongRows, Pairs, Scan, TooManyBadRows
 from stages import params
-from stages.common import line_writer, measured, owned, scratch, write_json
+from stages.common import measured, owned, scratch
+from stages.files import line_writer, write_json
 
 RAW = Path("data/raw")
 PACKAGES = "python-packages"

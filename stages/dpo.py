@@ -18,10 +18,11 @@ from trl import DPOConfig
 from dsa import Qwen2DSAForCausalLM
 from dsa.data.rows import prompt_key, tokenize_pair
 from dsa.evaluation.predictions import greedy
-from dsa.training.dpo import DSADPOTrainer, as_dataset, score_pair
+from dsa.training.dpo import DSADPOTrainer, PairScores, as_dataset, score_pair
 from dsa.training.trainer import freeze
 from stages import params
-from stages.common import measured, owned, read_rows, write_json
+from stages.common import measured, owned
+from stages.files import read_rows, write_json
 from stages.training import checkpoints, first_and_last, run, trainer_options, use_all_cores, write_curve
 
 PAIRS = Path("data/pairs")
@@ -42,6 +43,54 @@ def on_disk(pairs: list[dict], folder: Path) -> Dataset:
     return Dataset.load_from_disk(folder)
 
 
+def trainer_of(model: Qwen2DSAForCausalLM, tokenizer, p: params.Params, folder: Path) -> DSADPOTrainer:
+    dpo = p.dpo
+    trains_indexer = model.config.index_n_heads > 0 and dpo.indexer == "kl"
+    freeze(model, backbone=False, indexer=not trains_indexer)
+    pairs = list(islice(read_rows(PAIRS / "train.jsonl.gz"), dpo.steps * dpo.batch_size))
+    options = DPOConfig(
+        **trainer_options(dpo, folder, p.seed),
+        beta=dpo.beta,
+        max_length=p.preference.max_length,
+        precompute_ref_log_probs=True,
+        disable_dropout=True,
+    )
+    return DSADPOTrainer(
+        model,
+        args=options,
+        train_dataset=on_disk(pairs, folder / "pairs"),
+        eval_dataset=None,
+        processing_class=tokenizer,
+    )
+
+
+def generate(tokenizer, reference: Qwen2DSAForCausalLM, model: Qwen2DSAForCausalLM, examples: list[dict]) -> list[dict]:
+    """Greedy answers before and after, beside the chosen one."""
+    return [
+        {
+            "prompt_end": tokenizer.decode(example["prompt_ids"][-60:]),
+            "chosen": tokenizer.decode(example["chosen_ids"]),
+            "before": tokenizer.decode(greedy(reference, example["prompt_ids"], 64)),
+            "after": tokenizer.decode(greedy(model, example["prompt_ids"], 64)),
+        }
+        for example in examples
+    ]
+
+
+def write_scores(path: Path, scores: list[PairScores], units: list[str]) -> None:
+    """Of each held-out pair, with the number of its unit: pairs of the same one are not independent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(
+        path,
+        margin=np.array([s.margin for s in scores]),
+        before=np.array([s.reference_chosen - s.reference_rejected for s in scores]),
+        chosen=np.array([s.policy_chosen - s.reference_chosen for s in scores]),
+        kl=np.array([s.kl for s in scores]),
+        tokens=np.array([s.tokens for s in scores]),
+        unit=np.unique(units, return_inverse=True)[1],
+    )
+
+
 def optimise(arm: str, p: params.Params, folder: Path) -> None:
     """Train the arm's model and score it on the held-out pairs. folder: of checkpoints, and of the pairs."""
     dpo, source = p.dpo, Path("models") / arm
@@ -49,25 +98,9 @@ def optimise(arm: str, p: params.Params, folder: Path) -> None:
     with measured(metrics):
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = Qwen2DSAForCausalLM.from_pretrained(source, dtype="float32")
-        trains_indexer = model.config.index_n_heads > 0 and dpo.indexer == "kl"
-        freeze(model, backbone=False, indexer=not trains_indexer)
-        pairs = list(islice(read_rows(PAIRS / "train.jsonl.gz"), dpo.steps * dpo.batch_size))
         held_out = list(islice(read_rows(PAIRS / "test.jsonl.gz"), dpo.held_out))
         test = [tokenize_pair(tokenizer, pair) for pair in held_out]
-        options = DPOConfig(
-            **trainer_options(dpo, folder, p.seed),
-            beta=dpo.beta,
-            max_length=p.preference.max_length,
-            precompute_ref_log_probs=True,
-            disable_dropout=True,
-        )
-        trainer = DSADPOTrainer(
-            model,
-            args=options,
-            train_dataset=on_disk(pairs, folder / "pairs"),
-            eval_dataset=None,
-            processing_class=tokenizer,
-        )
+        trainer = trainer_of(model, tokenizer, p, folder)
         result = run(trainer, folder)
         if not trainer.is_world_process_zero():
             return
@@ -75,33 +108,15 @@ def optimise(arm: str, p: params.Params, folder: Path) -> None:
         model.eval()
         # In float32: bfloat16 would round the logits by as much as the policy moves.
         scores = [score_pair(model, reference, example) for example in tqdm(test, desc="held-out pairs")]
-        samples = [
-            {
-                "prompt_end": tokenizer.decode(example["prompt_ids"][-60:]),
-                "chosen": tokenizer.decode(example["chosen_ids"]),
-                "before": tokenizer.decode(greedy(reference, example["prompt_ids"], 64)),
-                "after": tokenizer.decode(greedy(model, example["prompt_ids"], 64)),
-            }
-            for example in test[: dpo.generations]
-        ]
+        samples = generate(tokenizer, reference, model, test[: dpo.generations])
     model.save_pretrained(f"models/dpo-{arm}")
     tokenizer.save_pretrained(f"models/dpo-{arm}")
     curve = write_curve(trainer.state.log_history, Path(f"reports/dpo/{arm}.csv"), LOGGED)
-    margins = np.array([s.margin for s in scores])
     # What is independent of what: prompts, or where windows of the same files are drawn, the files' families.
     families = p.preference.split_by == "data_source"
     units = [pair["data_source"] if families else prompt_key(pair["prompt"]) for pair in held_out]
-    out = Path(f"data/dpo/{arm}.npz")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(
-        out,
-        margin=margins,
-        before=np.array([s.reference_chosen - s.reference_rejected for s in scores]),
-        chosen=np.array([s.policy_chosen - s.reference_chosen for s in scores]),
-        kl=np.array([s.kl for s in scores]),
-        tokens=np.array([s.tokens for s in scores]),
-        unit=np.unique(units, return_inverse=True)[1],
-    )
+    write_scores(Path(f"data/dpo/{arm}.npz"), scores, units)
+    margins = np.array([s.margin for s in scores])
     metrics |= {
         "pairs": len(trainer.train_dataset),  # TRL drops those whose answers do not fit
         "held_out_pairs": len(scores),

@@ -14,11 +14,10 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from dsa import Qwen2DSAForCausalLM
-from dsa.data.rows import END_OF_TURN, IGNORE
-from dsa.evaluation.lookups import lookups, right_tokens
+from dsa.data.rows import END_OF_TURN, IGNORE, examples
 from dsa.evaluation.predictions import (
     Heatmap,
-    Predictions,
+    RowPredictions,
     answer_spans,
     attention_mass,
     changed,
@@ -28,9 +27,10 @@ from dsa.evaluation.predictions import (
     observe_dense,
     predict,
 )
+from dsa.evaluation.retrieval import questions, score
 from stages import arms, params
-from stages.common import measured, read_rows, write_json
-from stages.training import examples
+from stages.common import measured
+from stages.files import read_rows, write_json
 
 SHOWN = 128  # tokens of a sample answer
 RETRIEVAL_SEED = 0  # every arm and every seed of the experiment has the same questions
@@ -42,7 +42,7 @@ def is_lookup(row: dict) -> bool:
     return isinstance(kinds, list) and kinds[:1] == ["lookup"]
 
 
-def summarize(tokenizer, rows: list[dict], texts: list[dict], predictions: list[Predictions]) -> tuple[dict, list]:
+def summarize(tokenizer, rows: list[dict], texts: list[dict], predictions: list[RowPredictions]) -> tuple[dict, list]:
     """Held-out losses (nats a token), and each look-up with its distance and how much of it is right."""
     nll = torch.cat([p.nll for p in predictions])
     answers = torch.cat([torch.tensor(r["labels"][1:]) != IGNORE for r in rows])
@@ -106,9 +106,9 @@ def retrieval(model: Qwen2DSAForCausalLM, tokenizer, grid) -> list[dict]:
     found = []
     for length in grid.lengths:
         cells: dict[float, list[torch.Tensor]] = {}
-        items = lookups(tokenizer, length, grid.depths, grid.rows, RETRIEVAL_SEED)
-        for item in tqdm(items, desc=f"retrieval at {length}"):
-            cells.setdefault(item.depth, []).append(right_tokens(model, item))
+        items = questions(tokenizer, length, grid.depths, grid.rows, RETRIEVAL_SEED)
+        for item, (right, _) in zip(items, score(model, tqdm(items, desc=f"retrieval at {length}")), strict=True):
+            cells.setdefault(item.depth, []).append(right)
         for depth, right in cells.items():
             exact = sum(bool(r.all()) for r in right) / len(right)
             tokens = torch.cat(right).float().mean().item()
@@ -144,7 +144,7 @@ class Evaluation:
             self.model.cuda()
         self.tokenizer = AutoTokenizer.from_pretrained(group.model)
         self.texts = list(read_rows(path))[: self.options.rows]
-        self.rows = examples(self.tokenizer, path, p.data.max_length)[: self.options.rows]
+        self.rows = examples(self.tokenizer, self.texts, p.data.max_length)
         self.metrics: dict = {"arms": {}}
         self.arrays: dict[str, np.ndarray] = {
             "lengths": np.array([len(r["input_ids"]) - 1 for r in self.rows]),

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from stages.arms import ARMS, COLORS, LABELS, TRAINED
-from stages.statistics import mean_with_error
+from stages.statistics import mean_with_error, ratio_with_error
 
 BIN = 128  # positions
 
@@ -55,9 +55,8 @@ def by_position(positions: np.ndarray, rows: np.ndarray, values: np.ndarray) -> 
     cells = frame.groupby(["bin", "row"])["value"].agg(["sum", "count"]).reset_index()
 
     def ratio(cell: pd.DataFrame) -> pd.Series:
-        n, mean = cell["count"].sum(), cell["sum"].sum() / cell["count"].sum()
-        residual = cell["sum"] - mean * cell["count"]
-        return pd.Series({"mean": mean, "se": np.sqrt((residual**2).sum()) / n, "rows": len(cell)})
+        mean, error = ratio_with_error(cell["sum"].to_numpy(), cell["count"].to_numpy())
+        return pd.Series({"mean": mean, "se": error, "rows": len(cell)})
 
     table = cells.groupby("bin")[["sum", "count"]].apply(ratio)
     table["position"] = table.index * BIN + BIN / 2

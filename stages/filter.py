@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 from dsa.data.rows import messages_of, prompt_key, split_of
 from dsa.data.scan import Kept, LongRows, Scan, TooManyBadRows
 from stages import params
-from stages.common import measured, read_lines, write_json, write_rows
+from stages.common import measured
+from stages.files import read_lines, write_json, write_rows
 
 
 def select(

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from stages import params
-from stages.common import measured, write_json
+from stages.common import measured
+from stages.files import write_json
 
 TASKS = "data/local/tasks"  # where YAMLs that define a task have to be, and the files that they name
 RULER = ("ruler", "niah_")  # how the names of RULER's tasks begin

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from dsa.data import sources
 from stages import check, params
-from stages.common import measured, owned, scratch, write_json
+from stages.common import measured, owned, scratch
+from stages.files import write_json
 
 OUT = Path("models/base")
 

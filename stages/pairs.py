@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 from dsa.data.rows import prompt_key
 from dsa.data.scan import Pairs, TooManyBadRows
 from stages import params
-from stages.common import measured, write_json
+from stages.common import measured
+from stages.files import write_json
 from stages.filter import select
 
 

@@ -119,30 +119,15 @@ def collate(items: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def main() -> None:
-    params = params_module.load("pretrain", profile="cpu")  # whatever profile is set
-    cfg, data = params.pretrain, params.data
-    train, test, _ = corpus.separate(corpus.source_files(data.packages), data.test_fraction)
-    random.Random(params.seed).shuffle(train)
-    tokenizer = train_tokenizer([f.text for f in train[::4]], cfg.vocab_size)
-    tokenizer.save_pretrained(OUT)
+def tokens_of(tokenizer, files: list[SourceFile], end: int) -> torch.Tensor:
+    """All files one after the other, `end` behind each."""
+    encoded = tokenizer([f.text for f in files], add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor([t for ids in encoded for t in [*ids, end]])
 
-    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
 
-    def tokens(files: list[SourceFile]) -> torch.Tensor:
-        encoded = tokenizer([f.text for f in files], add_special_tokens=False, verbose=False)["input_ids"]
-        return torch.tensor([t for ids in encoded for t in [*ids, end]])
-
-    text, held_out = tokens(train), tokens(test)
-    # Other seeds than that of `download`: the base has not seen the very rows of the experiment.
-    lookups = [lookup_tokens(tokenizer, train, phase, cfg, seed=1_000 + i) for i, phase in enumerate(cfg.phases)]
-    blocks = Blocks(text, lookups, cfg, params.seed)
-    print(f"{len(train)} files, {len(text):,} tokens of text, {len(blocks)} steps", flush=True)
-
-    torch.manual_seed(params.seed)
-    longest = max(phase.length for phase in cfg.phases)
+def new_model(cfg: Pretrain, tokenizer, longest: int, end: int) -> Qwen2ForCausalLM:
     shape = cfg.model_dump(exclude={"learning_rate", "batch_tokens", "phases", "rope_theta"})
-    model = Qwen2ForCausalLM(
+    return Qwen2ForCausalLM(
         Qwen2Config(
             **shape,
             rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
@@ -153,12 +138,21 @@ def main() -> None:
             pad_token_id=end,
         )
     )
+
+
+class InOrder(Trainer):
+    def _get_train_sampler(self, *_):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def train(model: Qwen2ForCausalLM, blocks: Blocks, learning_rate: float, seed: int) -> list[dict]:
+    """Returns the Trainer's log."""
     arguments = TrainingArguments(
         output_dir="scratch/pretrain",
-        seed=params.seed,
+        seed=seed,
         max_steps=len(blocks),
         per_device_train_batch_size=1,
-        learning_rate=cfg.learning_rate,
+        learning_rate=learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.02},
         warmup_steps=50,
@@ -170,40 +164,56 @@ def main() -> None:
         report_to="none",
         dataloader_pin_memory=False,
     )
-
-    class InOrder(Trainer):
-        def _get_train_sampler(self, *_):
-            return torch.utils.data.SequentialSampler(blocks)
-
-    trainer = InOrder(
-        model,
-        arguments,
-        train_dataset=blocks,
-        data_collator=collate,
-        optimizers=(MuonWithAdamW(model, cfg.learning_rate), None),
-    )
+    optimizers = MuonWithAdamW(model, learning_rate), None
+    trainer = InOrder(model, arguments, train_dataset=blocks, data_collator=collate, optimizers=optimizers)
     trainer.train()
-    model.eval()
+    return trainer.state.log_history
 
-    rows = held_out[: len(held_out) // longest * longest].view(-1, longest)[:64]
+
+def held_out_loss(model: Qwen2ForCausalLM, rows: torch.Tensor) -> float:
+    """Mean over rows [rows, length], nats a token."""
+    model.eval()
     with torch.no_grad():
         losses = [model(input_ids=row[None], labels=row[None]).loss.item() for row in rows]
+    return sum(losses) / len(losses)
+
+
+def main() -> None:
+    params = params_module.load("pretrain", profile="cpu")  # whatever profile is set
+    cfg, data = params.pretrain, params.data
+    files, test, _ = corpus.separate(corpus.source_files(data.packages), data.test_fraction)
+    random.Random(params.seed).shuffle(files)
+    tokenizer = train_tokenizer([f.text for f in files[::4]], cfg.vocab_size)
+    tokenizer.save_pretrained(OUT)
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    text, held_out = (tokens_of(tokenizer, side, end) for side in (files, test))
+    # Other seeds than that of `download`: the base has not seen the very rows of the experiment.
+    lookups = [lookup_tokens(tokenizer, files, phase, cfg, seed=1_000 + i) for i, phase in enumerate(cfg.phases)]
+    blocks = Blocks(text, lookups, cfg, params.seed)
+    print(f"{len(files)} files, {len(text):,} tokens of text, {len(blocks)} steps", flush=True)
+
+    torch.manual_seed(params.seed)
+    longest = max(phase.length for phase in cfg.phases)
+    model = new_model(cfg, tokenizer, longest, end)
+    history = train(model, blocks, cfg.learning_rate, params.seed)
+
+    rows = held_out[: len(held_out) // longest * longest].view(-1, longest)[:64]
+    loss = held_out_loss(model, rows)
     chars = len(tokenizer.decode(rows.flatten()))
-    loss = sum(losses) / len(losses)
     summary = {
         "parameters": model.num_parameters(),
         "train_tokens": len(blocks) * cfg.batch_tokens,
         "held_out_tokens": rows.numel(),
         "held_out_loss": round(loss, 4),
         "held_out_bits_per_char": round(loss / 0.6931 * rows.numel() / chars, 4),
-        "train_files": len(train),
+        "train_files": len(files),
         "held_out_families": sorted({f.family for f in test}),
     }
     print(summary)
     model.to(torch.bfloat16).save_pretrained(OUT)
     (OUT / "pretrain.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    log = pd.DataFrame(history, columns=["step", "loss", "learning_rate"]).astype(float)
+    log = pd.DataFrame([entry for entry in history if "loss" in entry], columns=["step", "loss", "learning_rate"])
+    log = log.astype(float)
     log.insert(1, "tokens", log["step"] * cfg.batch_tokens)
     log.to_csv(OUT / "pretrain.csv", index=False, float_format="%.6g")
 

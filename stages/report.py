@@ -16,7 +16,8 @@ import pandas as pd
 
 from stages import figures, params, preference
 from stages.arms import ARMS, GROUPS, LABELS, PAIR, TRAINED, UNTRAINED
-from stages.common import device_name, git_commit, write_json
+from stages.common import device_name, git_commit
+from stages.files import write_json
 from stages.markdown import page
 from stages.statistics import Predictions
 

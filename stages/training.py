@@ -4,28 +4,25 @@ import gc
 import json
 import os
 import shutil
+from itertools import islice
 from pathlib import Path
 
 import pandas as pd
 import torch
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
-from dsa.data.rows import Collator, encode, end_ids, messages_of, render
+from dsa.data.rows import Collator, end_ids, examples
+from dsa.machine import cores, supports_bf16
 from dsa.modeling import Qwen2DSAForCausalLM
-from dsa.training.trainer import DSATrainer, MassProbe, Rows, TokenProgress, supports_bf16
-from stages.common import measured, owned, read_rows, scratch, versions, write_json
+from dsa.training.trainer import DSATrainer, MassProbe, TokenProgress
+from stages.common import measured, owned, scratch, versions
+from stages.files import read_rows, write_json
 from stages.params import ParamsError, Training, dependencies
 
 LONG = Path("data/long")
 CHECKPOINTS = 5  # a run
 PRECISIONS = {"bf16": "bfloat16 autocast", "no": "float32"}
 LOGGED = ("lm_loss", "kl", "learning_rate", "grad_norm")
-
-
-def examples(tokenizer, path: Path, max_length: int) -> list[dict]:
-    """The rows of a split as token ids and labels. `filter` has left no row without an answer token."""
-    conversations = [render(tokenizer, messages_of(row)) for row in read_rows(path)]
-    return encode(tokenizer, conversations, max_length)
 
 
 def split_batch(batch_size: int) -> tuple[int, int]:
@@ -53,8 +50,7 @@ def threads_asked() -> str | None:
 def use_all_cores() -> None:
     """Share this machine's cores among its processes, unless OMP_NUM_THREADS says how many threads each has."""
     if not torch.cuda.is_available() and not threads_asked():
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def checkpoints(stage: str) -> Path:
@@ -182,17 +178,17 @@ def train(
             tokenizer = AutoTokenizer.from_pretrained(source)
             model.generation_config.eos_token_id = end_ids(tokenizer)
             model.generation_config.pad_token_id = tokenizer.pad_token_id
-            rows = examples(tokenizer, LONG / "train.jsonl.gz", max_length)
-            held_out = examples(tokenizer, LONG / "test.jsonl.gz", max_length)
+            rows = examples(tokenizer, read_rows(LONG / "train.jsonl.gz"), max_length)
+            (held_out,) = examples(tokenizer, islice(read_rows(LONG / "test.jsonl.gz"), 1), max_length)
             trainer = DSATrainer(
                 model,
                 TrainingArguments(**trainer_options(section, folder, seed)),
-                train_dataset=Rows(rows),
+                train_dataset=rows,
                 data_collator=Collator(tokenizer.pad_token_id),
                 indexer_learning_rate=indexer_learning_rate,
             )
             if trainer.trains_indexer:
-                trainer.add_callback(MassProbe(held_out[0], every=max(1, section.steps // 10)))
+                trainer.add_callback(MassProbe(held_out, every=max(1, section.steps // 10)))
             result = run(trainer, folder)
         if not trainer.is_world_process_zero():
             return

@@ -123,7 +123,7 @@ def test_same_bits_on_every_call():
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
 
-def test_bug_1_nothing_of_size_queries_times_keys_is_saved_for_backward():
+def test_nothing_of_size_queries_times_keys_is_saved_for_backward():
     saved = []
     q, k, v, indices = inputs(1, 4, 2, 512, 512, 16, 8)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
@@ -146,7 +146,7 @@ def test_shapes_that_do_not_fit_are_an_error():
         sparse_attention(q, k, v, indices[:, :3])
 
 
-def test_bug_22_the_backend_is_logged_once(caplog):
+def test_the_backend_is_logged_once(caplog):
     attention.log_backend.cache_clear()
     q, k, v, indices = inputs(*SHAPES[1])
     with caplog.at_level(logging.INFO, logger="dsa.attention"):

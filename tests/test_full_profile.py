@@ -13,7 +13,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from stages import params
-from stages.common import read_rows
+from stages.files import read_rows
 from tests.conftest import SHARED
 from tests.hub import Hub
 from tests.test_pipeline import copy_of_project, run

@@ -102,7 +102,7 @@ def both_indexers(hidden=32, heads=4, dim=16, rope=8, topk=5):
 
 
 @pytest.mark.parametrize("T,topk", [(64, 5), (33, 1), (128, 16)])
-def test_bug_14_selects_what_transformers_deepseek_indexer_selects(T, topk):
+def test_selects_what_transformers_deepseek_indexer_selects(T, topk):
     """With k well below S, where a wrong RoPE layout shows."""
     ours, theirs = both_indexers(topk=topk)
     x, positions = torch.randn(2, T, 32), torch.arange(T)[None]
@@ -121,7 +121,7 @@ def test_bug_14_selects_what_transformers_deepseek_indexer_selects(T, topk):
     assert same.all(-1)[positive].all()
 
 
-def test_bug_15_the_scale_is_the_indexers_own():
+def test_the_scale_is_the_indexers_own():
     q, k, w = torch.ones(1, 1, 4, 64), torch.ones(1, 1, 64), torch.ones(1, 1, 4)
     assert index_scores(q, k, w).item() == pytest.approx(4 * 64 * 64**-0.5 * 4**-0.5)
 

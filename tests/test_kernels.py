@@ -193,7 +193,7 @@ def test_keys_after_a_whole_block_of_none(small_blocks, monkeypatch):
 
 
 @needs_kernels
-def test_bug_16_offsets_are_64_bit(monkeypatch):
+def test_offsets_are_64_bit(monkeypatch):
     """Keys 2^30 elements apart; of the 4 GiB between them no page is touched, unless the interpreter copies its
     arguments back, which does nothing for CPU tensors but takes its time."""
     if not GPU:
@@ -210,7 +210,7 @@ def test_bug_16_offsets_are_64_bit(monkeypatch):
 
 
 @needs_kernels
-def test_bug_1_nothing_of_size_queries_times_keys_is_saved_for_backward():
+def test_nothing_of_size_queries_times_keys_is_saved_for_backward():
     saved = []
     q, k, v, indices = attention_inputs(1, 2, 1, 24, 64, 16, 2)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
@@ -390,7 +390,7 @@ def test_kl_has_the_same_bits_on_every_call(T, topk, small_blocks):
 
 @needs_kernels
 @pytest.mark.parametrize("topk", [None, 4])
-def test_bug_6_padding_is_no_position(topk):
+def test_padding_is_no_position(topk):
     """Appending padding, whatever it holds, changes neither the loss nor the gradients."""
     index, q, k = kl_inputs(B=1, T=10)
     loss, grads = check_kl(index, q, k, Visibility(10, 10), topk, 1e-5)
@@ -435,7 +435,7 @@ def test_an_explicit_mask_is_an_error():
 # Where the kernels run
 
 
-def test_bug_22_a_forced_backend_runs_or_says_why_not():
+def test_a_forced_backend_runs_or_says_why_not():
     q, k, v, indices = (x.cpu() for x in attention_inputs(1, 2, 1, 3, 3, 16, 2))
     with pytest.raises(ValueError, match="head size 24"):
         wide = [torch.nn.functional.pad(x, (0, 8)) for x in (q, k, v)]
@@ -483,7 +483,7 @@ def test_without_triton_the_reason_is_its_absence(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["gather", pytest.param("triton", marks=needs_kernels)])
-def test_bug_22_the_choice_for_scores_and_loss_is_logged_once(backend, monkeypatch, caplog):
+def test_the_choice_for_scores_and_loss_is_logged_once(backend, monkeypatch, caplog):
     monkeypatch.setenv("DSA_BACKEND", backend)
     kernels.log_choice.cache_clear()
     index, q, k = kl_inputs(B=1, T=3)

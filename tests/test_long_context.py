@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks import long_context
-from benchmarks.long_context import DEPTHS, Item, documents, extrapolation, published_items, summary
-from benchmarks.long_context_report import side, verdict, write_report
 from dsa import from_dense
-from dsa.evaluation.lookups import Lookup
 from dsa.evaluation.needles import token_losses
-from stages.common import write_rows
+from dsa.evaluation.retrieval import Question
+from stages.files import write_rows
+from studies import long_context
+from studies.long_context import DEPTHS, Item, documents, extrapolation, published_items, summary
+from studies.long_context_report import side, verdict, write_report
 from tests.conftest import ROOT, SHARED, corpus_model
 
 NEEDLE = SHARED / "data/needle/kv-retrieval-75_keys.rows0-332.jsonl.gz"
@@ -69,7 +69,7 @@ def test_the_page_of_a_finished_run(finished_run, monkeypatch):
     assert [b["from"] for b in found["extrapolation"]["bins"]] == list(range(0, 2200, 256))
     first = found["extrapolation"]["bins"][0]
     assert first["means"]["dense"] != first["means"]["dsa"] != first["means"]["window_trained"]
-    assert "python -m benchmarks.long_context --lengths 400" in found["run"]["command"]
+    assert "python -m studies.long_context --lengths 400" in found["run"]["command"]
     text = Path("reports/long_context.md").read_text(encoding="utf-8")
     assert "{{" not in text and "nan" not in text and "None" not in text
     figures = {p.name for p in Path("reports/long_context").iterdir()}
@@ -121,7 +121,7 @@ def test_arms_of_other_k_are_refused(finished_run, monkeypatch):
 
 def test_summary_by_hand():
     """Two documents, lengths 10 and 30, depths 0 and 1: the units are documents, not questions."""
-    items = [Item(Lookup([], (0, 1), d), n, row) for n in (10, 30) for row in (0, 1) for d in (0.0, 1.0)]
+    items = [Item(Question([], (0, 1), d), n, row) for n in (10, 30) for row in (0, 1) for d in (0.0, 1.0)]
     dense = np.zeros((8, 3))
     dsa = np.zeros((8, 3))
     dsa[:, 1] = [1, 3, 5, 7, 0, 0, 2, 2]  # nats
@@ -174,5 +174,5 @@ def test_published_rows_are_put_at_the_nearest_depth():
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "data/qwen2.5-0.5b")
     items = published_items(tokenizer, [NEEDLE], 20)
     assert [item.row for item in items] == list(range(20)) and len({item.length for item in items}) == 1
-    assert {item.lookup.depth for item in items} <= set(DEPTHS)
-    assert max(len(item.lookup.ids) for item in items) == items[0].length <= 5300
+    assert {item.question.depth for item in items} <= set(DEPTHS)
+    assert max(len(item.question.ids) for item in items) == items[0].length <= 5300

@@ -108,7 +108,7 @@ def test_the_backbone_gets_no_gradient():
     assert q.grad is None and k.grad is None
 
 
-def test_bug_6_padding_is_no_position():
+def test_padding_is_no_position():
     """Appending padding to a row changes neither the loss nor the gradients."""
     index, q, k = inputs(B=1, T=20)
     loss = indexer_kl(*index, q, k, 0.25, Visibility(20, 20))
@@ -123,7 +123,7 @@ def test_bug_6_padding_is_no_position():
         assert not a[:, 20:].any()
 
 
-def test_bug_7_the_target_is_normalised_over_the_selected_keys():
+def test_the_target_is_normalised_over_the_selected_keys():
     """A selected-set loss must not see the mass that attention would put elsewhere."""
     index, q, k = inputs(B=1, T=30)
     indices = select_topk(torch.randn(1, 30, 30), 4, torch.ones(30, 30, dtype=torch.bool).tril()[None])
@@ -141,7 +141,7 @@ def test_bug_7_the_target_is_normalised_over_the_selected_keys():
     assert loss.isfinite()
 
 
-def test_bug_21_packed_documents_do_not_leak():
+def test_packed_documents_do_not_leak():
     index, q, k = inputs(B=1, T=24)
     documents = (torch.arange(24) >= 10).long()[None]
     packed = indexer_kl(*index, q, k, 0.25, Visibility(24, 24, documents=documents))

@@ -88,7 +88,7 @@ def test_no_future_padded_or_foreign_key_is_ever_selected(dense_model, ids, monk
 
 
 @pytest.mark.parametrize("mode", ["dense", "sparse"])
-def test_bug_21_packed_documents_give_what_they_give_alone(dense_model, ids, mode):
+def test_packed_documents_give_what_they_give_alone(dense_model, ids, mode):
     model = from_dense(dense_model, topk=6, **TINY, attention_mode=mode)
     positions = torch.cat([torch.arange(15), torch.arange(25)])[None].expand(2, -1)
     packed = model(ids, position_ids=positions, use_cache=False).logits
@@ -108,7 +108,7 @@ def test_padding_changes_no_real_token(dense_model, ids):
 
 
 @pytest.mark.parametrize("mode", ["dense", "sparse"])
-def test_bug_18_the_two_losses_never_meet(dense_model, ids, mode):
+def test_the_two_losses_never_meet(dense_model, ids, mode):
     model = from_dense(dense_model, topk=6, **TINY, attention_mode=mode).train()
     out = model(ids, labels=ids, output_indexer_kl=True)
     backbone = torch.autograd.grad(out.loss, model.parameters(), allow_unused=True, retain_graph=True)
@@ -174,7 +174,7 @@ def test_conversion_of_something_else_is_an_error(dense_model, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bug_20_save_and_load_through_the_auto_classes(dense_model, ids, tmp_path, dtype):
+def test_save_and_load_through_the_auto_classes(dense_model, ids, tmp_path, dtype):
     dense_model.to(dtype).save_pretrained(tmp_path / "dense")
     model = from_dense(tmp_path / "dense", topk=6, **TINY).eval()
     model.save_pretrained(tmp_path)

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoTokenizer
 
 from dsa import from_dense
-from dsa.evaluation.lookups import right_tokens
-from dsa.evaluation.needles import DOCSTRING, SENTENCE, Haystack, facts, published, score, token_losses
-from dsa.evaluation.predictions import predict
-from stages.common import read_rows
+from dsa.evaluation.needles import DOCSTRING, SENTENCE, Haystack, facts, published, token_losses
+from dsa.evaluation.predictions import correct, predict
+from dsa.evaluation.retrieval import score
+from stages.files import read_rows
 from tests.conftest import ROOT, SHARED, error_ratio
 
 NEEDLE = SHARED / "data/needle/kv-retrieval-75_keys.rows0-332.jsonl.gz"
@@ -124,7 +124,7 @@ def test_scores_are_those_of_whole_rows(small, tokenizer, selector, many):
     found = score(model, [*items, first])
     for item, (right, nll) in zip([*items, first], found, strict=True):
         start, end = item.span
-        assert right.tolist() == right_tokens(model, item).tolist()
+        assert right.tolist() == correct(predict(model, item.ids), item.ids, item.span).tolist()
         assert error_ratio(nll, predict(model, item.ids).nll[start - 1 : end - 1]) < 1e-4
     assert found[0][0].all() and found[-1][0].all()
 

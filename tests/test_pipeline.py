@@ -62,7 +62,7 @@ def would_run(clone, *changes):
         content = params.read(path)
         edit(content)
         path.write_text(params.dump(content))
-    status = json.loads(run(["dvc", "status", "--json"], clone).stdout)
+    status = json.loads(run(["dvc", "status", "--json", "dvc.yaml"], clone).stdout)
     run(["git", "checkout", "-q", "params.yaml", "profiles"], clone)
     return {
         stage
@@ -139,7 +139,7 @@ def test_a_profile_leaf_reruns_the_stage_that_reads_it(clone):
 
 def test_the_committed_results_are_those_of_the_committed_params(clone):
     assert would_run(clone) == set()
-    status = json.loads(run(["dvc", "status", "--json"], clone).stdout)
+    status = json.loads(run(["dvc", "status", "--json", "dvc.yaml"], clone).stdout)
     assert not [s for s, why in status.items() if "changed command" in str(why) or "new" in str(why)], status
 
 

@@ -40,24 +40,24 @@ def test_equals_a_sort(T, S, topk, kind):
     assert torch.equal(reference.select_topk(scores, topk, mask), got)
 
 
-def test_bug_8_topk_larger_than_the_context_is_clamped():
+def test_topk_larger_than_the_context_is_clamped():
     got = select_topk(torch.zeros(1, 3, 5), 2048, torch.ones(3, 5, dtype=torch.bool).tril()[None])
     assert got.tolist() == [[[0, -1, -1, -1, -1], [0, 1, -1, -1, -1], [0, 1, 2, -1, -1]]]
 
 
-def test_bug_9_a_masked_key_never_outranks_an_allowed_minus_infinity():
+def test_a_masked_key_never_outranks_an_allowed_minus_infinity():
     scores = torch.tensor([[[0.0, -torch.inf, 5.0, torch.finfo(torch.float32).min]]])
     mask = torch.tensor([[[False, True, False, False]]])
     assert select_topk(scores, 2, mask).tolist() == [[[1, -1]]]
 
 
-def test_bug_10_ties_go_to_the_lower_index():
+def test_ties_go_to_the_lower_index():
     scores = torch.full((1, 1, 4096), 0.25)
     scores[0, 0, 4000] = 1.0
     assert select_topk(scores, 4).tolist() == [[[0, 1, 2, 4000]]]
 
 
-def test_bug_11_the_zero_plateau_of_relu_gives_the_same_set_every_time():
+def test_the_zero_plateau_of_relu_gives_the_same_set_every_time():
     scores = torch.zeros(2, 8, 1000)
     scores[..., ::7] = 1.0
     scores[..., 1::7] = -0.0
@@ -67,7 +67,7 @@ def test_bug_11_the_zero_plateau_of_relu_gives_the_same_set_every_time():
     assert runs[0][0, 0].tolist() == sorted([*range(0, 1000, 7), *rest])
 
 
-def test_bug_12_slabs_select_what_the_whole_selects():
+def test_slabs_select_what_the_whole_selects():
     scores = (torch.randn(1, 64, 64) * 2).round()
     mask = torch.ones(64, 64, dtype=torch.bool).tril()[None]
     whole = select_topk(scores, 9, mask)

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from dsa.data.rows import messages_of, pair_of, prompt_key
 from dsa.data.scan import LongRows, Pairs
-from stages.common import line_writer, read_rows
+from stages.files import line_writer, read_rows
 from stages.filter import select
 from stages.params import ParamsError
 from tests.conftest import ROOT, SHARED

@@ -12,13 +12,13 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from benchmarks import sweep
-from benchmarks.sweep_points import SCARCE_TOPK
-from benchmarks.sweep_report import CHANGES, Sweep, estimate, indexer_cost, pareto, verdicts, write_report
 from dsa import ablations, from_dense
 from dsa.data.rows import Collator
-from dsa.training.trainer import DSATrainer, Rows, freeze
+from dsa.training.trainer import DSATrainer, freeze
 from stages import compare, params, training
+from studies import sweep
+from studies.sweep_points import SCARCE_TOPK
+from studies.sweep_report import CHANGES, Sweep, estimate, indexer_cost, pareto, verdicts, write_report
 from tests.conftest import ROOT
 
 BASE = sweep.Point(topk=256, n_heads=4, head_dim=64, warmup_steps=40, seed=0)
@@ -299,7 +299,7 @@ def test_a_warmup_of_no_steps_is_valid_and_no_other_stage_of_none():
 
 
 def test_the_command_line_names_what_is_wrong():
-    command = [sys.executable, "-m", "benchmarks.sweep", "queue", "indxer"]
+    command = [sys.executable, "-m", "studies.sweep", "queue", "indxer"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode and "indxer" in done.stderr
 
@@ -311,7 +311,7 @@ def test_no_steps_of_training_change_nothing(dense_model, tmp_path):
     section = params.WarmupTraining(steps=0, batch_size=1, learning_rate=0.1)
     options = TrainingArguments(**training.trainer_options(section, tmp_path / "scratch", seed=0))
     row = {"input_ids": [5] * 9, "labels": [5] * 9}
-    trainer = DSATrainer(model, options, train_dataset=Rows([row]), data_collator=Collator(0))
+    trainer = DSATrainer(model, options, train_dataset=[row], data_collator=Collator(0))
     result = training.run(trainer, tmp_path / "scratch")
     assert result["tokens"] == result["tokens_per_second"] == 0 and result["trained_parameters"] > 0
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())

@@ -10,8 +10,9 @@ from accelerate.utils import DynamoBackend
 from transformers import TrainingArguments
 
 from dsa import from_dense
-from dsa.data import IGNORE, Collator
-from dsa.training import DSATrainer, Rows, freeze, supports_bf16
+from dsa.data.rows import IGNORE, Collator
+from dsa.machine import supports_bf16
+from dsa.training.trainer import DSATrainer, freeze
 from stages import training
 from stages.params import ParamsError, Training
 from stages.training import split_batch
@@ -45,7 +46,7 @@ def trainer_for(model, tmp_path, micro=4, accumulate=1, steps=2, rows=8, callbac
         disable_tqdm=False,
         seed=3,
     )
-    kwargs |= {"train_dataset": Rows(examples(rows)), "data_collator": Collator(0), "callbacks": list(callbacks)}
+    kwargs |= {"train_dataset": examples(rows), "data_collator": Collator(0), "callbacks": list(callbacks)}
     return DSATrainer(model, arguments, **kwargs)
 
 
@@ -80,7 +81,7 @@ def test_each_stage_trains_its_part_and_nothing_else(dense_model, tmp_path, stag
     assert ("kl" in first) is (stage in ("warmup", "sparse"))
 
 
-def test_bug_18_warmup_keeps_no_optimizer_state_of_the_backbone(dense_model, tmp_path):
+def test_warmup_keeps_no_optimizer_state_of_the_backbone(dense_model, tmp_path):
     model = model_for(dense_model, "warmup")
     trainer = train(model, tmp_path)
     held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
@@ -114,7 +115,7 @@ def test_the_two_gradients_are_clipped_apart(dense_model, tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["dense", "warmup", "sparse"])
-def test_bug_4_losses_and_steps_do_not_depend_on_how_the_batch_is_cut(dense_model, tmp_path, stage):
+def test_losses_and_steps_do_not_depend_on_how_the_batch_is_cut(dense_model, tmp_path, stage):
     runs = []
     for micro, accumulate in ((4, 1), (2, 2), (1, 4)):
         model = model_for(dense_model, stage)
@@ -130,7 +131,7 @@ def test_bug_4_losses_and_steps_do_not_depend_on_how_the_batch_is_cut(dense_mode
             torch.testing.assert_close(value, runs[0][1][name], rtol=1e-2, atol=2e-4, msg=name)
 
 
-def test_bug_3_without_indexer_training_no_indexer_gradient_exists(dense_model, ids):
+def test_without_indexer_training_no_indexer_gradient_exists(dense_model, ids):
     model = model_for(dense_model, "sparse")
     freeze(model, backbone=False, indexer=True)
     model(ids, labels=ids).loss.backward()
@@ -179,7 +180,7 @@ def test_accelerates_own_config_sets_no_precision(
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
     options = training.trainer_options(Training(steps=1, batch_size=2, learning_rate=0.01), tmp_path, seed=0)
     arguments = TrainingArguments(**options)
-    trainer = DSATrainer(model, arguments, train_dataset=Rows(examples()), data_collator=Collator(0))
+    trainer = DSATrainer(model, arguments, train_dataset=examples(), data_collator=Collator(0))
     result = training.run(trainer, tmp_path)
     assert seen == {torch.bfloat16 if supported else torch.float32}
     assert result["precision"] == ("bfloat16 autocast" if supported else "float32")

@@ -202,6 +202,11 @@ def encode(tokenizer, conversations: Iterable[Conversation], max_length: int | N
     return examples
 
 
+def examples(tokenizer, rows: Iterable[dict], max_length: int | None = None) -> list[dict]:
+    """Instruction rows, none of them bad, as `encode` has conversations."""
+    return encode(tokenizer, [render(tokenizer, messages_of(row)) for row in rows], max_length)
+
+
 def pair_texts(tokenizer, pair: dict) -> tuple[str, str, str]:
     """A pair's prompt with the start of an answer's turn, and the whole conversations that end with either answer.
 

@@ -21,6 +21,7 @@ from itertools import chain, islice
 
 from dsa.data.counting import TokenCounter
 from dsa.data.rows import IGNORE, BadRow, LeftOut, encode, messages_of, pair_of, render, tokenize_pair
+from dsa.machine import cores
 
 log = logging.getLogger(__name__)
 
@@ -183,10 +184,6 @@ class Scan:
                 f"{self.tally.bad_rows} of the first {self.tally.scanned} rows cannot be read, more than "
                 f"max_bad_rows = {self.max_bad_rows}: {reasons}"
             )
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_batches(lines: Iterator[bytes]) -> Iterator[list[bytes]]:

@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache
 
 from dsa.data.rows import Conversation, encode, render
-from dsa.evaluation.lookups import Lookup, lookup
 from dsa.evaluation.predictions import answer_spans
+from dsa.evaluation.retrieval import Question, question
 from dsa.modeling import Qwen2DSAForCausalLM
 
 # Frequent in any text, so that a small vocabulary has a token for each.
@@ -72,7 +71,7 @@ def facts(form: Form, text: str, count: int, rng: random.Random) -> list[tuple[s
     return list(found.items())
 
 
-def row(tokenizer, form: Form, text: str, key: str, value: str, depth: float) -> Lookup:
+def row(tokenizer, form: Form, text: str, key: str, value: str, depth: float) -> Question:
     """A text that has its facts already, and the question for one of them."""
     prompt, answer = form.prompt.format(text=text, key=key), form.answer.format(key=key, value=value)
     rendered = render(tokenizer, [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}])
@@ -80,7 +79,7 @@ def row(tokenizer, form: Form, text: str, key: str, value: str, depth: float) ->
     end = start + len(answer)
     (example,) = encode(tokenizer, [Conversation(rendered.text, [(end - len(value), end)])])
     (span,) = answer_spans(example["labels"])
-    return Lookup(example["input_ids"], span, depth)
+    return Question(example["input_ids"], span, depth)
 
 
 class Haystack:
@@ -111,14 +110,15 @@ class Haystack:
             before = place
         return "".join([*parts, self.text[before : self.places[count - 1]]]).rstrip("\n")
 
-    def rows(self, length: int, depths: Sequence[float], seed: object, *, many: bool) -> list[Lookup]:
+    def rows(self, length: int, depths: Sequence[float], seed: object, *, many: bool) -> list[Question]:
         """A question for each depth, of at most `length` tokens and as many as whole lines (or sentences) give.
 
         Args:
             many: a fact at every depth at once (multi-key), else one at a time. A seed has the same facts at every
                 length.
 
-        The deepest comes first: rows that follow each other then share long beginnings, which `score` makes use of.
+        The deepest comes first: rows that follow each other then share long beginnings, of which
+        `dsa.evaluation.retrieval.score` makes use.
         Raises ValueError where the text is too short, the facts do not fit into the length, or a value's first token
         also holds what stands before it.
         """
@@ -143,47 +143,12 @@ class Haystack:
         return items
 
 
-def published(tokenizer, rows: Iterable[dict]) -> Iterator[Lookup]:
+def published(tokenizer, rows: Iterable[dict]) -> Iterator[Question]:
     """Key-value retrieval from the rows of "Lost in the Middle": `ordered_kv_records`, `key`, `value`."""
     for record in rows:
         pairs = [tuple(pair) for pair in record["ordered_kv_records"]]
         at = [key for key, _ in pairs].index(record["key"])
-        yield lookup(tokenizer, pairs, at / max(1, len(pairs) - 1))
-
-
-def common(a: list[int], b: list[int]) -> int:
-    """How many elements two lists begin with alike."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-@torch.no_grad()
-def score(model: Qwen2DSAForCausalLM, items: list[Lookup]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Of each value's tokens, given the true ones before: whether it is the first choice (bool [n]), and its loss
-    (float32 [n], nats).
-
-    Logits are computed there only, as in `dsa.evaluation.lookups.right_tokens`. A row that shares most of its beginning
-    with the one before it goes on from that one's cache; where less is shared it is run anew, for queries that go on
-    from a cache need a mask of all keys, which at 32K tokens is half a GB even for half of the row.
-    """
-    found, cache, seen = [], None, []
-    for item in items:
-        start, end = item.span
-        ids = item.ids[: end - 1]  # the last token of the value is predicted and predicts nothing
-        shared = min(common(seen, ids), start - 1)
-        if cache is None or 2 * shared < len(ids):
-            cache, shared = DynamicCache(config=model.config), 0
-        elif shared < len(seen):
-            cache.crop(shared - len(seen))
-        at = torch.arange(start - 1, end - 1, device=model.device)
-        # On a GPU in bfloat16: in float32 PyTorch's dense attention with grouped queries holds all scores.
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-            x = torch.tensor([ids[shared:]], device=model.device)
-            logits = model(x, past_key_values=cache, use_cache=True, logits_to_keep=at - shared).logits[0].float()
-        seen = ids
-        value = torch.tensor(item.ids[start:end], device=model.device)
-        nll = torch.nn.functional.cross_entropy(logits, value, reduction="none")
-        found.append(((logits.argmax(-1) == value).cpu(), nll.cpu()))
-    return found
+        yield question(tokenizer, pairs, at / max(1, len(pairs) - 1))
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from dsa.selector import select_topk
 
 
 @dataclass
-class Predictions:
+class RowPredictions:
     """Teacher-forced predictions of one row; entry i is about token i + 1.
 
     nll: float32 [L - 1], -log p of the true token. argmax: int64 [L - 1], the likeliest token.
@@ -27,12 +27,12 @@ class Predictions:
 
 
 @torch.no_grad()
-def predict(model: Qwen2DSAForCausalLM, ids: list[int]) -> Predictions:
+def predict(model: Qwen2DSAForCausalLM, ids: list[int]) -> RowPredictions:
     """One row, without padding, in the model's own precision."""
     x = torch.tensor([ids], device=model.device)
     logits = model(x, use_cache=False).logits[0, :-1].float()
     nll = torch.nn.functional.cross_entropy(logits, x[0, 1:], reduction="none")
-    return Predictions(nll.cpu(), logits.argmax(-1).cpu())
+    return RowPredictions(nll.cpu(), logits.argmax(-1).cpu())
 
 
 @torch.no_grad()
@@ -77,7 +77,7 @@ def evidence_distance(pieces: list[str], span: tuple[int, int]) -> int | None:
     return start - position
 
 
-def correct(predictions: Predictions, ids: list[int], span: tuple[int, int]) -> torch.Tensor:
+def correct(predictions: RowPredictions, ids: list[int], span: tuple[int, int]) -> torch.Tensor:
     """Which tokens of an answer, its end of turn included, are the model's first choice: bool [end - start].
 
     If all are, greedy decoding from the true prompt gives the whole answer: it follows the true answer as long as every

@@ -10,7 +10,7 @@ Both losses are means over the global batch: they do not change with micro-batch
 import time
 
 import torch
-from torch.utils.data import Dataset, RandomSampler
+from torch.utils.data import RandomSampler
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from dsa.evaluation.predictions import attention_mass
@@ -23,27 +23,6 @@ def freeze(model: Qwen2DSAForCausalLM, *, backbone: bool, indexer: bool) -> None
         parameter.requires_grad_(not backbone)
     for parameter in model.indexer_parameters():
         parameter.requires_grad_(not indexer)
-
-
-def supports_bf16() -> bool:
-    """Whether bfloat16 matrix products are fast here; on a CPU without them autocast would only cost precision."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    # In this order: builds for other processors have no mkldnn to ask
-    return torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-class Rows(Dataset):
-    """A list of {"input_ids", "labels"} as a torch Dataset."""
-
-    def __init__(self, examples: list[dict]):
-        self.examples = examples
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, i: int) -> dict:
-        return self.examples[i]
 
 
 class WholeBatches:

@@ -76,7 +76,7 @@ class Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, indices, scaling):
-        (B, Hq, T, _D), (Hkv, S), K = q.shape, k.shape[1:3], indices.shape[2]
+        (B, Hq, T, D), (Hkv, S), K = q.shape, k.shape[1:3], indices.shape[2]
         units = units_of(Hq, Hkv)
         lib = build.library("attend.c", **defines(q.dtype, units, D))
         q, kv = tokens_first(q), _pack(lib, k, v, units)  # (B, T, Hq, D), (B, sets, S, 2, D, key heads)

@@ -1,7 +1,7 @@
 """Where DSA fails, and what its gap to dense attention is made of, from a finished run of the pipeline.
 
-    python -m benchmarks.failures                                 # a minute: reports/failures.{json,md}, failures/*.png
-    python -m benchmarks.failures --from reports/failures.json    # the page again, without the model
+    python -m studies.failures                                 # a minute: reports/failures.{json,md}, failures/*.png
+    python -m studies.failures --from reports/failures.json    # the page again, without the model
 
 Reads the predictions of all arms (data/evaluate) and the DSA model. Losses in nats a token; every difference is paired
 token by token, with a 95 % interval that has rows as the independent units.
@@ -17,18 +17,17 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from benchmarks.common import interval, plain, write
-from benchmarks.failures_report import write_report
-from benchmarks.probes import MissedKeys, QueryStatistics, losses
 from dsa import Qwen2DSAForCausalLM
-from dsa.data.rows import IGNORE
+from dsa.data.rows import IGNORE, examples
 from dsa.evaluation.predictions import attention_mass, observe_dense
 from stages import arms
-from stages.common import device_name, read_rows
+from stages.common import device_name, git_commit
 from stages.evaluate import is_lookup
-from stages.report import git_commit
+from stages.files import read_rows
 from stages.statistics import Predictions
-from stages.training import examples
+from studies.common import interval, plain, write
+from studies.failures_report import write_report
+from studies.probes import MissedKeys, QueryStatistics, losses
 
 OUT = Path("reports/failures.json")
 CONTRASTS = {  # {arm: its sign}; stages/arms.py says what the arms are
@@ -231,7 +230,7 @@ def analyse(model_path: Path, rows_file: Path, count: int) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     topk, lengths = model.config.index_topk, predictions.arrays["lengths"]
     texts = list(read_rows(rows_file))[: len(lengths)]
-    rows = examples(tokenizer, rows_file, int(lengths.max()) + 1)[: len(lengths)]
+    rows = examples(tokenizer, texts, int(lengths.max()) + 1)
     answers = [np.array(row["labels"][1:]) != IGNORE for row in rows]
     if [len(x) for x in answers] != lengths.tolist() or (np.concatenate(answers) != predictions.answers).any():
         raise FailuresError(f"{rows_file} does not hold the rows of data/evaluate: run dvc repro")

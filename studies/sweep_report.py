@@ -1,4 +1,4 @@
-"""reports/sweep.md and its figures from the sweep's experiments (benchmarks/sweep.py): tables, intervals, sentences.
+"""reports/sweep.md and its figures from the sweep's experiments (studies/sweep.py): tables, intervals, sentences.
 
 Two errors are told apart. Over seeds: training again with another seed. Over rows: other held-out rows, the seeds'
 means of each row being the independent units. An interval has both, t for the seeds and normal for the rows, added in
@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.ticker import EngFormatter, LogLocator
+from scipy import stats
 
-from benchmarks.common import NORMAL, TOLERANCE, render, student
-from benchmarks.sweep_points import ABLATIONS, SCARCE_TOPK, Point, plan
 from stages.arms import COLORS
 from stages.figures import plt, save
 from stages.statistics import ratio_with_error
+from studies.common import TAIL, TOLERANCE, render
+from studies.sweep_points import ABLATIONS, SCARCE_TOPK, Point, plan
 
 CHANGES = {  # what each does: those of dsa/ablations.py, and those that the model had once
     "none": "the paper's indexer",
@@ -59,10 +60,10 @@ def estimate(sums: np.ndarray, counts: np.ndarray) -> Estimate:
     """From the sums of each seed and row [seeds, rows] and the counts of each row [rows]."""
     seeds = len(sums)
     mean, row_error = ratio_with_error(sums.mean(axis=0), counts)
-    half, error = NORMAL * row_error, row_error
+    half, error = stats.norm.ppf(TAIL) * row_error, row_error
     if seeds > 1:
         error = over_seeds(sums.sum(axis=1) / counts.sum())
-        half = float(np.hypot(half, student(seeds - 1) * error))
+        half = float(np.hypot(half, stats.t.ppf(TAIL, seeds - 1) * error))
     return Estimate(mean, error, row_error, mean - half, mean + half, seeds)
 
 

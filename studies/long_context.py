@@ -1,8 +1,8 @@
 """Long contexts, from a finished run: needles by depth and length, and the loss beyond the trained length.
 
-    python -m benchmarks.long_context                     # minutes: reports/long_context.{json,md}, long_context/*.png
-    python -m benchmarks.long_context --lengths 4096 8192 16384 32768 --text BOOK.txt.gz --kv ROWS.jsonl.gz
-    python -m benchmarks.long_context --from reports/long_context.json     # the page again, without the models
+    python -m studies.long_context                     # minutes: reports/long_context.{json,md}, long_context/*.png
+    python -m studies.long_context --lengths 4096 8192 16384 32768 --text BOOK.txt.gz --kv ROWS.jsonl.gz
+    python -m studies.long_context --from reports/long_context.json     # the page again, without the models
 
 The first is for the cpu profile: its texts are the held-out files of the corpus. Other profiles name texts, plain or
 gzipped, which are cut into documents, and rows of key-value retrieval as published with "Lost in the Middle".
@@ -25,16 +25,16 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from benchmarks.common import interval, plain, write
-from benchmarks.long_context_report import write_report
 from dsa import Qwen2DSAForCausalLM
 from dsa.data.corpus import separate, source_files
-from dsa.evaluation.lookups import Lookup
-from dsa.evaluation.needles import DOCSTRING, SENTENCE, Form, Haystack, published, score, token_losses
+from dsa.evaluation.needles import DOCSTRING, SENTENCE, Form, Haystack, published, token_losses
+from dsa.evaluation.retrieval import Question, score
 from stages import params
 from stages.arms import ARMS, model_of
-from stages.common import device_name, read_rows
-from stages.report import git_commit
+from stages.common import device_name, git_commit
+from stages.files import read_rows
+from studies.common import interval, plain, write
+from studies.long_context_report import write_report
 
 OUT = Path("reports/long_context.json")
 SHOWN = ("dense", "dsa", "dsa_oracle", "window_trained")
@@ -62,9 +62,9 @@ class Document:
 
 @dataclass(frozen=True)
 class Item:
-    """A question of a task; `row` is the independent unit: the rows of a document share their text and facts."""
+    """One of a task; `row` is the independent unit: the rows of a document share their text and facts."""
 
-    lookup: Lookup
+    question: Question
     length: int
     row: int
 
@@ -127,7 +127,7 @@ def published_items(tokenizer, paths: list[Path], count: int) -> list[Item]:
         length = max(len(item.ids) for item in rows)
         for item in rows:
             depth = min(DEPTHS, key=lambda d: abs(d - item.depth))
-            items.append(Item(Lookup(item.ids, item.span, depth), length, len(items)))
+            items.append(Item(Question(item.ids, item.span, depth), length, len(items)))
     return items
 
 
@@ -140,7 +140,7 @@ def answers(model: Qwen2DSAForCausalLM, items: list[Item], name: str) -> np.ndar
     """`MEASURES` of each item, [items, 3]."""
     found = []
     for _, group in itertools.groupby(tqdm(items, desc=name), key=lambda item: (item.length, item.row)):
-        for right, nll in score(model, [item.lookup for item in group]):
+        for right, nll in score(model, [item.question for item in group]):
             found.append((right.float().mean().item(), nll.mean().item(), float(right.all())))
     return np.array(found)
 
@@ -160,7 +160,7 @@ def contrast(values: dict[str, np.ndarray], units: np.ndarray) -> dict:
 def summary(items: list[Item], values: dict[str, np.ndarray], trained: int) -> dict:
     """A task's table: cells by length and depth, and contrasts by length, by depth, and on either side of `trained`."""
     length = np.array([item.length for item in items])
-    depth = np.array([item.lookup.depth for item in items])
+    depth = np.array([item.question.depth for item in items])
     units = np.array([item.row for item in items])
     lengths = sorted(set(length.tolist()))
 
@@ -266,7 +266,7 @@ def analyse(args: argparse.Namespace) -> dict:
         raise LongContextError(f"the arms select different numbers of keys: {topk}")
     k = topk["dsa"]
     families = np.unique([d.family for d in found[: args.documents]], return_inverse=True)[1]
-    example = tasks["needle"][0].lookup
+    example = tasks["needle"][0].question
     setup = {
         "arms": list(SHOWN),
         "topk": k,
@@ -283,7 +283,7 @@ def analyse(args: argparse.Namespace) -> dict:
         "kv": [path.name for path in args.kv or []],
     }
     run = {
-        "command": " ".join(["python -m benchmarks.long_context", *sys.argv[1:]]),
+        "command": " ".join(["python -m studies.long_context", *sys.argv[1:]]),
         "seconds": time.monotonic() - start,
         "device": device_name(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},

@@ -1,4 +1,4 @@
-"""A model whose layers attend in different ways, and observers of single queries (benchmarks/failures.py)."""
+"""A model whose layers attend in different ways, and observers of single queries (studies/failures.py)."""
 
 import copy
 from collections.abc import Iterable, Iterator

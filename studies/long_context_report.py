@@ -1,13 +1,13 @@
-"""reports/long_context.md and its figures from the numbers of benchmarks/long_context.py."""
+"""reports/long_context.md and its figures from the numbers of studies/long_context.py."""
 
 from pathlib import Path
 
 import numpy as np
 from matplotlib.ticker import PercentFormatter
 
-from benchmarks.common import TOLERANCE, render
 from stages.arms import COLORS, LABELS
 from stages.figures import line, plt, save
+from studies.common import TOLERANCE, render
 
 TITLES = {
     "needle": "One needle",

@@ -1,30 +1,21 @@
-"""What the benchmarks that write a page share: intervals, their numbers as JSON, and the page from its template."""
+"""What the studies share: intervals, their numbers as JSON, and the page from its template."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from scipy import stats
 
 from stages.markdown import page
 from stages.statistics import mean_with_error
 
 TOLERANCE = 0.01  # nats a token, one per cent of perplexity: the smallest loss that matters
-NORMAL = 1.96
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # 97.5 %
+TAIL = 0.975  # of a 95 % interval: the quantile of its upper end
 
 
 class TooFewRows(SystemExit):
     """str() is the one line to show."""
-
-
-def student(freedom: int) -> float:
-    """97.5 % quantile of Student's t: a table up to 9, then Hill's expansion, right to three decimals."""
-    if freedom in STUDENT:
-        return STUDENT[freedom]
-    z = NORMAL
-    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + sum(term / freedom ** (power + 1) for power, term in enumerate(terms))
 
 
 def interval(values: np.ndarray, units: np.ndarray) -> dict:
@@ -36,7 +27,7 @@ def interval(values: np.ndarray, units: np.ndarray) -> dict:
     if count < 2:
         raise TooFewRows(f"an interval needs two rows at least, and there are {count}")
     mean, error = mean_with_error(values, units)
-    half = student(count - 1) * error
+    half = stats.t.ppf(TAIL, count - 1) * error
     return {
         "mean": mean,
         "error": error,

@@ -1,14 +1,14 @@
-"""reports/failures.md and its figures from the numbers of benchmarks/failures.py."""
+"""reports/failures.md and its figures from the numbers of studies/failures.py."""
 
 from pathlib import Path
 
 import numpy as np
 from markupsafe import Markup
 
-from benchmarks.common import TOLERANCE, render
 from stages.arms import COLORS
 from stages.figures import plt, save
 from stages.markdown import code
+from studies.common import TOLERANCE, render
 
 LAYERS_SHOWN = 4  # of a token: those where the indexer misses most
 NAMES = {

@@ -1,9 +1,9 @@
 """Sweeps over top-k, indexer size, warm-up length, ablation and seed as DVC experiments.
 
-    python -m benchmarks.sweep queue [topk] [indexer] [warmup] [ablation]    # dvc exp run --queue, once a point
+    python -m studies.sweep queue [topk] [indexer] [warmup] [ablation]    # dvc exp run --queue, once a point
     dvc exp run --run-all                                      # one after the other; or dvc queue start
-    python -m benchmarks.sweep report                          # dvc exp show --json to reports/sweep.{json,md}
-    python -m benchmarks.sweep report --from FILE [FILE ...]   # the page of such files, without the experiments
+    python -m studies.sweep report                          # dvc exp show --json to reports/sweep.{json,md}
+    python -m studies.sweep report --from FILE [FILE ...]   # the page of such files, without the experiments
 
 A point runs the stage `compare` and what it needs. `queue` leaves out points that are there or wait already, so a sweep
 that was cut short goes on. Experiments are git refs that no clone has: the JSON file is what is committed. Sweeps of
@@ -17,9 +17,9 @@ import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.sweep_points import GROUPS, SEEDS, TOPK, Point, base_point, plan
-from benchmarks.sweep_report import write_report
 from stages import params
+from studies.sweep_points import GROUPS, SEEDS, TOPK, Point, base_point, plan
+from studies.sweep_report import write_report
 
 OUT = Path("reports/sweep.json")
 METRICS = "reports/compare.json"
