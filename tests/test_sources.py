@@ -69,6 +69,16 @@ def hub(monkeypatch, tmp_path):
         yield server
 
 
+NOISE = [{"input": np.random.default_rng(i).bytes(500).hex()} for i in range(600)]  # several blocks in every format
+_lines = b"".join(json.dumps(row).encode() + b"\n" for row in NOISE)
+FORMATS = {
+    "a.jsonl": _lines,
+    "a.jsonl.gz": gzip.compress(_lines),
+    "a.jsonl.zst": zstd(_lines),
+    "a.parquet": table(NOISE),
+}
+
+
 @pytest.fixture
 def blocks(monkeypatch):
     """Small ones, several for each file."""
@@ -197,14 +207,10 @@ def test_types_that_json_lacks_are_refused_by_name(value, hub):
 @FORMS
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
 def test_a_broken_connection_loses_and_doubles_nothing(form, name, hub, blocks):
-    noise = np.random.default_rng(0)
-    rows = [{"input": noise.bytes(500).hex()} for _ in range(600)]
-    data = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-    pack = {"a.jsonl": bytes, "a.jsonl.gz": gzip.compress, "a.jsonl.zst": zstd, "a.parquet": lambda _: table(rows)}
-    hub.add("dataset", ID, {name: pack[name](data)})
+    hub.add("dataset", ID, {name: FORMATS[name]})
     hub.breaks = [1000, 0, None, 301, 1, None]
     found, dataset = read(uri(form))
-    assert [json.loads(row) for row in found] == rows
+    assert [json.loads(row) for row in found] == NOISE
     assert not hub.breaks and dataset.fetched_bytes == hub.sent(name) - 1302
     dataset.check_unchanged()
 
@@ -220,14 +226,28 @@ def test_a_stream_that_ends_early_is_not_the_end_of_the_file(form, hub, blocks):
 
 
 @FORMS
-def test_it_gives_up_after_some_attempts(form, hub):
-    hub.add("dataset", ID, {"a.jsonl": JSONL})
-    hub.breaks = [1000] + [0] * 20
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_it_gives_up_after_some_attempts(form, name, hub, blocks):
+    """What the libraries in between make of the error of a read is one line too."""
+    hub.add("dataset", ID, {name: FORMATS[name]})
+    hub.breaks = [None, 1000] + [0] * 20
     variable = {"hf": "HF_ENDPOINT", "modelscope": "MODELSCOPE_ENDPOINT"}[form]
-    with pytest.raises(Unreachable, match=rf"a\.jsonl: no answer from 127\.0\.0\.1:\d+ .*{variable}") as error:
+    with pytest.raises(Unreachable, match=rf"{name}: no answer from 127\.0\.0\.1:\d+ .*{variable}") as error:
+        list(sources.open_dataset([uri(form)]).lines())
+    assert "\n" not in str(error.value)
+    assert 4 <= len(hub.requests) <= 7
+
+
+@FORMS
+@pytest.mark.parametrize("what", [ID, "a.jsonl"])
+@pytest.mark.parametrize("status", [400, 410, 412, 416, 418, 429, 500, 504])
+def test_every_refusal_is_one_line(form, what, status, hub):
+    hub.add("dataset", ID, {"a.jsonl": JSONL})
+    hub.status[what] = status
+    with pytest.raises(SourceError, match=rf"^{uri(form)}: .*") as error:
         read(uri(form))
     assert "\n" not in str(error.value)
-    assert 3 <= len(hub.requests) <= 6
+    assert isinstance(error.value, Unreachable) == (status in (429, 500, 504))
 
 
 @FORMS

@@ -19,7 +19,7 @@ from huggingface_hub import HfApi, HfFileSystem, snapshot_download
 from huggingface_hub import errors as hf
 from huggingface_hub.hf_api import RepoFile
 
-BLOCK = 2**21  # bytes of a request; what is fetched and not read is at most about twice this
+BLOCK = 2**22  # bytes that are fetched ahead of what is read
 PAUSES = (1, 2, 4, 8)  # seconds before a failed request is repeated
 MARGIN = 2 * 10**8  # bytes of disk left free beside what is written
 
@@ -92,8 +92,9 @@ def room(
 
 
 class Hub:
-    """endpoint: its URL; mirror, token: what to set when it is unreachable or refuses; fetched_bytes: of files, so far.
+    """What both hubs have. A subclass has `files`, a repository's commit and files, and `open`, one of them.
 
+    endpoint: its URL; mirror, token: what to set when it is unreachable or refuses; fetched_bytes: of files, so far;
     pauses: seconds before a failed request for a part of a file is repeated.
     """
 
@@ -102,13 +103,6 @@ class Hub:
     token: str
     pauses = PAUSES
     fetched_bytes = 0
-
-    def files(self, repo: Repo) -> tuple[str, list[File]]:
-        """The commit, and all files of the repository."""
-        raise NotImplementedError
-
-    def open(self, repo: Repo, commit: str, file: File) -> AbstractBufferedFile:
-        raise NotImplementedError
 
     def read(self, repo: Repo, commit: str, file: File) -> AbstractBufferedFile:
         """A file, of which the blocks are fetched that are read. It raises SourceError."""
@@ -272,7 +266,7 @@ class WebFile(AbstractBufferedFile):
             response.raise_for_status()
             total = response.headers.get("Content-Range", f"/{self.size}").rpartition("/")[2]
             if total != str(self.size):
-                raise SourceError(f"{self.path}: the server has {total} bytes, the hub lists {self.size}")
+                raise OSError(f"the server has {total} bytes, the hub lists {self.size}")
             if response.status_code != 206 and (start, end) != (0, self.size):
-                raise SourceError(f"{self.path}: {response.url.host} does not serve parts of files")
+                raise OSError(f"{response.url.host} does not serve parts of files")
             return response.read()

@@ -41,7 +41,12 @@ HUBS = {"hf": HuggingFace, "modelscope": ModelScope}
 
 
 class Dataset:
-    """Rows of one source. uri: the one used; revision: its commit, None for local files; files: in reading order."""
+    """Rows of one source. uri: the one used; revision: its commit, None for local files; files: in reading order.
+
+    fetched_bytes: published bytes that came over the network so far.
+    """
+
+    fetched_bytes = 0
 
     def __init__(self, uri: str, revision: str | None, files: list[File], open_file: Callable[[File], io.IOBase]):
         self.uri, self.revision, self.open_file = uri, revision, open_file
@@ -51,11 +56,6 @@ class Dataset:
         rows = self._rows()
         # The listing and the files may be on different servers: is the first one to be had?
         self._lines = chain(list(islice(rows, 1)), rows)
-
-    @property
-    def fetched_bytes(self) -> int:
-        """Published bytes that came over the network so far."""
-        return 0
 
     def lines(self) -> Iterator[bytes]:
         """The rows, once: JSON lines as published, without the line end, empty ones too; parquet as JSON.
