@@ -8,7 +8,6 @@ sources of the installed packages.
 import json
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -19,31 +18,30 @@ from transformers import AutoTokenizer
 from dsa.data import corpus, sources
 from dsa.data.scan import LongRows, Pairs, Scan, TooManyBadRows
 from stages import params
-from stages.common import measured, owned, scratch
+from stages.common import measured
 from stages.files import line_writer, write_json
 
 RAW = Path("data/raw")
 PACKAGES = "python-packages"
+STREAM_ROOM = 2 * 10**9  # bytes of disk to be free for the slice of a source; nobody knows how much it will be
 CORPUS_SEED = 0  # not the experiment's: another seed of the experiment trains on the same rows
 PAIR_CHARS = (900, 1_500, 1_300)  # of a pair's prompt: short, for a pair is two rows
-
-
-@cache
-def separated(packages: tuple[str, ...], test_fraction: float) -> tuple[list, list, int]:
-    return corpus.separate(corpus.source_files(list(packages)), test_fraction)
 
 
 class PythonPackages:
     """A "hub" without a network, with the face of `dsa.data.sources.Dataset`."""
 
-    def __init__(self, make, packages: list[str], file_fraction: float, row_fraction: float, count: int, *options):
+    def __init__(self, make, separated: tuple[list, list, int], row_fraction: float, count: int, *options):
         self.uri, self.revision, self.files, self.fetched_bytes = PACKAGES, None, [], 0
-        self.train, self.test, self.near_copies = separated(tuple(packages), file_fraction)
+        self.train, self.test, self.near_copies = separated
         self.rows = make([self.train, self.test], [1 - row_fraction, row_fraction], count, CORPUS_SEED, *options)
 
     def lines(self) -> Iterator[bytes]:
         for row in self.rows:
             yield json.dumps(row, ensure_ascii=False).encode()
+
+    def check_unchanged(self) -> None:
+        pass
 
     def summary(self) -> dict:
         return {
@@ -56,8 +54,13 @@ class PythonPackages:
 
 def fetch(name: str, dataset, scan: Scan, wanted: int) -> dict:
     """Copy lines to data/raw/<name>.jsonl.gz until the scan has kept `wanted` rows, or to the end."""
-    with line_writer(RAW / f"{name}.jsonl.gz") as write, tqdm(total=wanted, desc=name, unit=" usable rows") as progress:
-        read: deque[bytes] = deque()  # but not written: how far a scan reads ahead depends on the number of cores
+    need = min(sum(file.size for file in dataset.files), STREAM_ROOM)
+    with (
+        sources.room(RAW, need, name),
+        line_writer(RAW / f"{name}.jsonl.gz") as write,
+        tqdm(total=wanted, desc=name, unit=" usable rows") as progress,
+    ):
+        read: deque[bytes] = deque()  # but not written: a scan reads ahead
 
         def copied() -> Iterator[bytes]:
             for line in dataset.lines():
@@ -78,6 +81,7 @@ def fetch(name: str, dataset, scan: Scan, wanted: int) -> dict:
             progress.set_postfix_str(f"{scan.tally.scanned:,} rows, {fetched}", refresh=False)
             progress.update()
         write_scanned()
+    dataset.check_unchanged()
     return {
         "source": dataset.uri,
         "revision": dataset.revision,
@@ -88,21 +92,22 @@ def fetch(name: str, dataset, scan: Scan, wanted: int) -> dict:
     }
 
 
-def download(p: params.Params, spools: ExitStack) -> None:
-    """spools: keeps what is fetched until the whole stage has ended well, and from other runs."""
+def main() -> None:
+    p = params.load("download")
     data, preference = p.data, p.preference
     metrics: dict = {}
     tokenizer = AutoTokenizer.from_pretrained("models/base")
-    held: set[Path] = set()
+
+    @cache
+    def separated() -> tuple[list, list, int]:
+        return corpus.separate(corpus.source_files(data.packages), data.test_fraction)
 
     def open_source(uris: list[str], make, fraction: float, count: int | None, *options):
         if PACKAGES not in uris:
-            if (spool := scratch("download", {"source": uris}, [])) not in held:
-                held.add(spools.enter_context(owned(spool)))
-            return sources.open_dataset(uris, spool)
+            return sources.open_dataset(uris)
         if count is None:
             raise params.ParamsError(f"profiles: the source {PACKAGES} needs the key rows")
-        return PythonPackages(make, data.packages, data.test_fraction, fraction, count, *options)
+        return PythonPackages(make, separated(), fraction, count, *options)
 
     with measured(metrics), params.one_line(sources.SourceError, TooManyBadRows, ModuleNotFoundError):
         long_rows = LongRows(tokenizer, data.max_length, data.max_bad_rows, data.min_tokens)
@@ -115,12 +120,6 @@ def download(p: params.Params, spools: ExitStack) -> None:
     if isinstance(dataset, PythonPackages):
         metrics["python_packages"] = dataset.summary()
     write_json(Path("reports/data/download.json"), metrics)
-
-
-def main() -> None:
-    p = params.load("download")
-    with ExitStack() as spools:
-        download(p, spools)
 
 
 if __name__ == "__main__":

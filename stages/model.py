@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dsa.data import sources
 from stages import check, params
-from stages.common import measured, owned, scratch
+from stages.common import measured
 from stages.files import write_json
 
 OUT = Path("models/base")
@@ -13,9 +13,8 @@ OUT = Path("models/base")
 def main() -> None:
     p = params.load("model").model
     metrics: dict = {}
-    spool = scratch("model", {"source": p.source}, [])
-    with owned(spool), measured(metrics), params.one_line(sources.SourceError):
-        metrics |= sources.fetch_model(p.source, OUT, spool)
+    with measured(metrics), params.one_line(sources.SourceError):
+        metrics |= sources.fetch_model(p.source, OUT)
     for name, wanted in p.sha256.items():
         if (found := metrics["files"].get(name, {}).get("sha256")) != wanted:
             raise SystemExit(f"model.sha256: {name} from {metrics['source']} has {found}, expected {wanted}")

@@ -95,7 +95,7 @@ class Pretrain(Section):
 
 class Data(Section):
     source: Rows
-    packages: list[str] = []  # of the source python-packages
+    packages: list[str] | Literal["default"] = []  # of the source python-packages; default: dsa/data/corpus.py has them
     rows: Positive | None = None  # that the source python-packages offers
     min_tokens: Positive
     samples: Positive

@@ -47,7 +47,7 @@ class Hub:
     breaks: after how many bytes the next answers with a file break off; None in it: that one does not.
     tag: what the ETags of all files start with; status: name of a file or repository -> HTTP status instead of it.
     token: what readers must show, None if all may read; storage: its host; ranges: whether Range is understood;
-    lengths: whether Content-Length is told.
+    lengths: whether Content-Length is told; answer: what it says instead of every listing.
     """
 
     repositories: dict[tuple[str, str], Repository] = field(default_factory=dict)
@@ -60,6 +60,7 @@ class Hub:
     storage: str = "localhost"  # another host, which must not see the token
     ranges: bool = True
     lengths: bool = True
+    answer: bytes | None = None
 
     def __enter__(self) -> "Hub":
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -200,8 +201,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def storage(self, kind: str, name: str, path: str) -> None:
         hub, data = self.hub, self.hub.repositories[kind, name].files[path]
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")) if hub.ranges else None
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")) if hub.ranges else None
         start = int(asked[1]) if asked else 0
+        end = min(len(data), int(asked[2]) + 1) if asked and asked[2] else len(data)
         request = Request(path, start, token="Authorization" in self.headers or "Cookie" in self.headers)
         if self.command == "GET":
             hub.requests.append(request)
@@ -216,19 +218,19 @@ class _Handler(BaseHTTPRequestHandler):
         request.status = 206 if asked else 200
         self.send_response(request.status)
         if asked:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
         if hub.lengths:
-            self.send_header("Content-Length", str(len(data) - start))
+            self.send_header("Content-Length", str(end - start))
         else:
             self.close_connection = True
         self.send_header("ETag", f'"{hub.tag}-{hashlib.sha1(path.encode()).hexdigest()}"')
         self.end_headers()
         if self.command == "GET":
-            self.body(request, data, start)
+            self.body(request, data, start, end)
 
-    def body(self, request: Request, data: bytes, start: int) -> None:
+    def body(self, request: Request, data: bytes, start: int, asked: int) -> None:
         most = self.hub.breaks.pop(0) if self.hub.breaks else None
-        end = len(data) if most is None else min(len(data), start + most)
+        end = asked if most is None else min(asked, start + most)
         try:
             for at in range(start, end, 2**16):
                 piece = data[at : min(end, at + 2**16)]
@@ -236,11 +238,11 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(piece)
         except OSError:
             self.close_connection = True
-        if end < len(data):
+        if end < asked:
             self.close_connection = True
 
     def json(self, content) -> None:
-        body = json.dumps(content).encode()
+        body = self.hub.answer or json.dumps(content).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))

@@ -4,6 +4,7 @@ import shutil
 import pytest
 from dvc.utils.serialize import dumps_yaml, loads_yaml
 
+from dsa.data import corpus
 from stages import harness, params
 from tests.conftest import ROOT
 
@@ -129,8 +130,17 @@ def test_what_is_read_from_disk_is_a_dependency():
     """The folders that the check above allows are those that DVC watches."""
     stages = params.read(ROOT / "dvc.yaml")["stages"]
     assert {"data/base", "data/local/model"} <= set(stages["model"]["deps"])
-    assert {"pyproject.toml", "data/local/rows"} <= set(stages["download"]["deps"])
+    assert {"pyproject.toml", "data/local/rows", "dsa/data/corpus.py"} <= set(stages["download"]["deps"])
     assert harness.TASKS in stages["harness"]["do"]["deps"]
+
+
+@pytest.mark.parametrize("profile", ["cpu", "sweep"])
+def test_the_default_packages_are_those_of_the_corpus(profile, monkeypatch):
+    """Two profiles of the same rows had a list each. A stage that reads it depends on where it stands, see above."""
+    packages = params.load(root=ROOT, profile=profile).data.packages
+    assert packages == "default" and len(corpus.PACKAGES) == len(set(corpus.PACKAGES)) > 20
+    monkeypatch.setattr(corpus, "PACKAGES", ["networkx"])
+    assert {file.family.split("/")[0] for file in corpus.source_files(packages)} == {"networkx"}
 
 
 def test_a_task_that_dvc_does_not_watch_is_refused(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stages import common, dense, download, dpo, model, params
+from stages import common, dense, dpo, params
 from stages.training import checkpoints
 from tests.conftest import ROOT
 
@@ -132,19 +132,8 @@ def test_the_other_processes_of_a_run_share_its_folder(tmp_path, monkeypatch):
 
 def test_every_stage_with_a_scratch_folder_holds_it(project, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("DSA_SCRATCH", str(tmp_path_factory.mktemp("scratch")))
-    uri = "hf://datasets/owner/name/rows.jsonl"
-    profile = Path("profiles/cpu.yaml")
-    changed = profile.read_text(encoding="utf-8").replace("source: python-packages", f"source: {uri}")
-    profile.write_text(changed, encoding="utf-8")
     shutil.rmtree("models/base")
     shutil.copytree(ROOT / "data/base", "models/base")
-    p = params.load()
-    starts = {
-        common.scratch("model", {"source": p.model.source}, []): model.main,
-        common.scratch("download", {"source": [uri]}, []): download.main,
-        checkpoints("dense"): dense.main,
-        checkpoints("dpo@dsa"): lambda: dpo.main("dsa"),
-    }
-    for folder, start in starts.items():
+    for folder, start in ((checkpoints("dense"), dense.main), (checkpoints("dpo@dsa"), lambda: dpo.main("dsa"))):
         with common.owned(folder), pytest.raises(params.ParamsError, match=f"at work in {folder}"):
             start()

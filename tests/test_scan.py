@@ -1,11 +1,7 @@
 """Which rows are kept, which are left out and why, and that the pass stops."""
 
 import json
-import multiprocessing
-import os
-import subprocess
-import sys
-import time
+import random
 from itertools import islice
 
 import pytest
@@ -59,6 +55,7 @@ def test_the_same_rows_as_the_plain_loop(tokenizer):
     raw = lines([row(n) for n in range(1, 180, 2)])
     raw += lines([row(n, output="e\u0301" * n) for n in (5, 60, 120)])  # composes to fewer characters
     raw += lines([row(n, output="\u0958" * n) for n in (5, 60, 120)])  # normalisation makes two characters of one
+    raw += lines([row(1, output="\U0001d160" * n) for n in (5, 25, 40)])  # and twelve bytes of four
     raw += lines([row(3, history=[["a" * n, "b"]] * n) for n in range(1, 30)])
     for min_tokens in (150, 151, 200, 300):
         scan = LongRows(tokenizer, 10_000, 0, min_tokens)
@@ -66,14 +63,6 @@ def test_the_same_rows_as_the_plain_loop(tokenizer):
         assert kept == plain_loop(tokenizer, raw, min_tokens)
         assert 0 < len(kept) < len(raw)
         assert scan.tally.scanned == len(raw) and scan.tally.tokenised < len(raw)
-
-
-@pytest.fixture
-def processes(monkeypatch):
-    """Two of them from the first row on."""
-    monkeypatch.setattr(scan_module, "ALONE", 0)
-    monkeypatch.setattr(scan_module, "BATCH", 16)
-    monkeypatch.setattr(scan_module, "cores", lambda: 2)
 
 
 def test_exactly_on_the_threshold(tokenizer):
@@ -105,93 +94,63 @@ def test_counts_on_real_rows(name):
     assert [(r.number, r.tokens) for r in kept] == plain_loop(tokenizer, raw, 1024)
 
 
-@needs_shared
-def test_several_processes_find_the_same(processes):
-    tokenizer = AutoTokenizer.from_pretrained(QWEN)
-    raw = [line for name in LONG for line in (SHARED / f"data/sft/{name}.jsonl").read_bytes().splitlines()]
-    raw[7] = b"{"
-    scans = LongRows(tokenizer, 2048, 1, 1024), LongRows(tokenizer, 2048, 1, 1024)
-    together = list(scans[0](raw))
-    alone = [scans[1].read(line) for line in raw]
-    assert [(r.number, r.row, r.tokens) for r in together] == [
-        (number, outcome, tokens) for number, (tokens, outcome) in enumerate(alone) if isinstance(outcome, dict)
-    ]
-    assert scans[0].tally.scanned == len(raw) and scans[0].tally.bad == {"malformed JSON": [7]}
-    assert not scans[0].count.pieces, "this process has counted itself"
+AWKWARD = [
+    " ",
+    "\n \n  \n",
+    "don't DON'T it'sam 'LL ' s",
+    "e\u0301 \u0301 \n\u0301 >\u0338 好\u0301，\u0301",  # marks on letters, on spaces, on nothing
+    "\u0958\u0958 \u1100\u1161\u11a8 \uf900\ufa10 \U0001d160",  # normal form: longer, composed, another character
+    "👩\u200d👩\u200d👧 🇨🇳🇨🇳 ☎\ufe0f\n",
+    "中文，没有空格。“引号”：（括号）！？……——《书》·名\u3000\u3000全角",
+    "\u88d5々〇㐀\U00020000\U0002ebf0\U000323b0 ﾊﾝｶｸ ひらがな漢字カタカナ 한국어 Привет, мир",
+    "naïve café été ſ 'ſ x\u2028y\u2029z\x85w\x1c.\x1c\x1d \x1f\n\x0b\x0c\r\r\n\t\tq\u00a0\u2003 \ufeff\x00",
+    "1234567890 3.14 ２３ ①Ⅳ½ 2023年5月10日 x1y2",
+    "<|im_start|>user\nhi<|im_end|>\n<|im_end|><|endoftext|> <|im_end| > !!<|im_end|>!! <|im_start|>\u0338",
+    "<tool_call>\n{}\n</tool_call><tool_call>\u0338 <|fim_prefix|>  a",
+    "def f(x):\n    return x  \n\n\n\tpass\r\n  # ...   \n",
+]
 
 
-def test_several_processes_read_on_in_order_until_the_source_fails(tokenizer, processes):
-    """What the source gave before it failed is not lost: it may be enough."""
+@pytest.mark.parametrize("name", ["data/base", pytest.param("../shared/data/qwen2.5-0.5b", marks=needs_shared)])
+def test_awkward_texts_are_counted_as_training_sees_them(name):
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / name)
+    draw = random.Random(0)
+    raw = lines([row(3, input="".join(draw.choices(AWKWARD, k=draw.randrange(1, 12)))) for _ in range(300)])
+    kept = [(r.number, r.tokens) for r in LongRows(tokenizer, 10_000, 0, 120)(raw)]
+    assert kept == plain_loop(tokenizer, raw, 120) and 50 < len(kept) < 280
+
+
+@pytest.mark.parametrize("batch", [1, 7, 1000])
+def test_batches_of_any_size_find_the_same(tokenizer, batch, monkeypatch):
+    """A count that goes to the row beside it."""
+    monkeypatch.setattr(scan_module, "BATCH", batch)
+    raw = lines([row(n * 37 % 180 + 1) for n in range(100)])
+    raw[7], raw[40] = b"{", lines([{"text": ""}])[0]
+    scan = LongRows(tokenizer, 10_000, 2, 100)
+    assert [(r.number, r.tokens) for r in scan(raw)] == plain_loop(tokenizer, raw, 100)
+    assert scan.tally.scanned == 100 and scan.tally.bad == {"malformed JSON": [7], "unknown schema": [40]}
+    pairs = lines([published(chosen="a " * (n % 40 + 1), rejected="b " * (n * 7 % 40)) for n in range(60)])
+    scan = Pairs(tokenizer, 60, 0)
+    kept = list(scan(pairs))
+    assert 5 < len(kept) < 55 and scan.tally.scanned == 60
+    for pair in kept:
+        texts = [pair.row["prompt"] + pair.row[answer] for answer in ("chosen", "rejected")]
+        assert pair.tokens == max(len(tokenizer.apply_chat_template(t, return_dict=False)) for t in texts) <= 60
+
+
+def test_what_a_source_gave_before_it_failed_is_not_lost(tokenizer):
+    """It may be enough."""
 
     def source():
         yield from raw
         raise ConnectionError("gone")
 
-    raw = lines([row(number % 300 + 1) for number in range(10 * scan_module.BATCH + 3)])
+    raw = lines([row(number % 300 + 1) for number in range(2 * scan_module.BATCH + 3)])
     found = []
     with pytest.raises(ConnectionError):
         for kept in LongRows(tokenizer, 10_000, 0, 100)(source()):
             found.append((kept.number, kept.tokens))
     assert found == plain_loop(tokenizer, raw, 100)
-
-
-def test_a_killed_pass_leaves_no_process():
-    """Workers of a parent that was killed would wait for work for ever."""
-    code = (
-        "import os, signal\n"
-        "from concurrent.futures import ProcessPoolExecutor\n"
-        "from dsa.data.scan import start_process\n"
-        "pool = ProcessPoolExecutor(2, initializer=start_process, initargs=(None,))\n"
-        "print(*{pool.submit(os.getpid).result() for _ in range(20)}, flush=True)\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8", timeout=120)
-    workers = [int(pid) for pid in run.stdout.split()]
-    assert workers, run.stderr
-    deadline = time.monotonic() + 20
-    while any(map(is_alive, workers)):
-        assert time.monotonic() < deadline, f"still there: {workers}"
-        time.sleep(0.1)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def test_several_processes_stop_with_the_pass(tokenizer, processes):
-    """At the last wanted row, at too many bad rows, at an error; and no process is left."""
-    read, others = [], set(multiprocessing.active_children())
-
-    def source(bad=None):
-        for number in range(100_000):
-            read.append(number)
-            yield b"{" if bad and number >= bad else lines([row(400 if number % 3 == 0 else 5)])[0]
-
-    scan = LongRows(tokenizer, 10_000, 0, 100)
-    assert [r.number for r in islice(scan(source()), 4)] == [0, 3, 6, 9]
-    assert scan.tally.scanned == 10 and scan.tally.kept == 4 and len(read) <= 4 * scan_module.BATCH
-    with pytest.raises(TooManyBadRows, match=r"3 of the first 43 rows .* row 40"):
-        list(LongRows(tokenizer, 10_000, 2, 100)(source(40)))
-    with pytest.raises(TypeError):
-        list(LongRows(tokenizer, 10_000, 0, None)(source()))
-    assert set(multiprocessing.active_children()) <= others
-
-
-@pytest.mark.parametrize("error", [FileNotFoundError(2, "no /dev/shm"), PermissionError(13, "denied")])
-def test_without_shared_memory_one_process_reads_all(tokenizer, processes, monkeypatch, caplog, error):
-    """A container without /dev/shm ended `download` and `filter` in a traceback after 4096 rows."""
-
-    def fail(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", fail)
-    raw = lines([row(number % 300 + 1) for number in range(3 * scan_module.BATCH)])
-    assert [(r.number, r.tokens) for r in LongRows(tokenizer, 10_000, 0, 100)(raw)] == plain_loop(tokenizer, raw, 100)
-    assert "one process" in caplog.text and str(error) in caplog.text
 
 
 def test_the_pass_stops_at_the_last_wanted_row(tokenizer):
@@ -257,12 +216,12 @@ def test_whether_an_answer_is_left_as_the_labels_say(tokenizer):
     """At every length of the cut, and where the answer's first characters are in the prompt's last token."""
     for answer in ("word", "\n\nword", " word", "\u0301", "<|im_end|>", "好"):
         for history in ([], [["a b", "c"]], [["a", ""]]):
-            messages = messages_of(row(1, instruction="one two", output=answer, history=history))
-            (example,) = encode(tokenizer, [render(tokenizer, messages)])
+            raw = row(1, instruction="one two", output=answer, history=history)
+            (example,) = encode(tokenizer, [render(tokenizer, messages_of(raw))])
             first = next(i for i, label in enumerate(example["labels"]) if label != -100)
             for cut in range(first - 3, first + 4):
-                scan = LongRows(tokenizer, cut, 0, 0)
-                assert scan.has_answer(messages) == (cut > first)
+                scan = LongRows(tokenizer, cut, 0, 1)
+                assert len(list(scan(lines([raw])))) == (cut > first)
 
 
 def published(prompt="p", chosen="good", rejected="bad", **more):

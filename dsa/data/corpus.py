@@ -20,9 +20,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from dsa.data.rows import split_of
 
+# Pure Python and the same on every platform, so that the same pins give the same rows
+PACKAGES = """
+    accelerate aiohttp asyncssh celery datasets dulwich dvc fontTools fsspec huggingface_hub kombu matplotlib mpmath
+    networkx pandas prompt_toolkit pydantic pygments rich setuptools sympy transformers trl
+""".split()  # noqa: SIM905
 MIN_CHARS = 1_500  # shorter files hold nothing to look up
 MAX_CHARS = 400_000  # longer ones are generated tables
 MAX_FAMILY_CHARS = 8_000_000  # transformers/models alone would be a third of the corpus
@@ -45,13 +51,13 @@ class SourceFile:
         return "/".join(folders[:2])
 
 
-def source_files(packages: list[str]) -> list[SourceFile]:
-    """The usable Python files of `packages`, sorted by path, a family's total size capped.
+def source_files(packages: list[str] | Literal["default"]) -> list[SourceFile]:
+    """The usable Python files of `packages` (default: PACKAGES), sorted by path, a family's total size capped.
 
     Raises ModuleNotFoundError when a package is not installed.
     """
     files, size = [], Counter()
-    for package in sorted(packages):
+    for package in sorted(PACKAGES if packages == "default" else packages):
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise ModuleNotFoundError(f"data.packages: {package!r} is not an installed package")

@@ -1,4 +1,4 @@
-"""Datasets and models by URI, from a hub or from disk.
+"""Rows of datasets and models by URI, from a hub or from disk.
 
     hf://Qwen/Qwen2.5-0.5B@REVISION                   a model on a Hugging Face hub (HF_ENDPOINT, HF_TOKEN, its cache)
     hf://datasets/OWNER/NAME@REVISION/PATH            a file of a dataset, or all data files in a folder of it
@@ -17,39 +17,15 @@ import logging
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 import pyarrow as pa
 from pyarrow import parquet
 from safetensors import SafetensorError, safe_open
 
-from dsa.data.http import (
-    MARGIN,
-    DiskTooSmall,
-    File,
-    NoPermission,
-    NotFound,
-    RemoteFile,
-    SourceError,
-    Unreachable,
-    WrongChecksum,
-    room,
-    sha256_of,
-)
-from dsa.data.hubs import HuggingFace, ModelScope, Repo, hub_of, parse
-
-__all__ = [
-    "Dataset",
-    "DiskTooSmall",
-    "File",
-    "NoPermission",
-    "NotFound",
-    "SourceError",
-    "Unreachable",
-    "WrongChecksum",
-    "fetch_model",
-    "open_dataset",
-]
+from dsa.data.hubs import File, Hub, HuggingFace, ModelScope, Repo, SourceError, Unreachable, parse, room
 
 log = logging.getLogger(__name__)
 
@@ -60,83 +36,83 @@ MODEL_FILES = [
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
 ]
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-
-
-class LocalFile(io.FileIO):
-    """A local file with the methods of a RemoteFile."""
-
-    def connect(self) -> None:
-        if self.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise SourceError(f"{self.name}: only the pointer of a git-lfs file: run `git lfs pull` in its clone")
-        self.seek(0)
-
-    def whole(self) -> Path:
-        return Path(self.name)
-
-    def tell(self) -> int:
-        return self.end if self.closed else super().tell()
-
-    def close(self) -> None:
-        if not self.closed:
-            self.end = super().tell()
-        super().close()
+BUFFER = 2**20  # bytes
+HUBS = {"hf": HuggingFace, "modelscope": ModelScope}
 
 
 class Dataset:
     """Rows of one source. uri: the one used; revision: its commit, None for local files; files: in reading order.
 
-    fetched_bytes: published bytes that came over the network so far; read_bytes: published bytes of the rows so far.
+    fetched_bytes: published bytes that came over the network so far.
     """
 
-    def __init__(self, uri: str, revision: str | None, files: list[File], open_file: Callable[[File], io.RawIOBase]):
-        self.uri, self.revision, self.files = uri, revision, files
-        self.fetched_bytes = 0
-        self._open_file, self._first = open_file, None
-        self._raw, self._before, self._share = None, 0, None
+    fetched_bytes = 0
 
-    @property
-    def read_bytes(self) -> int:
-        if self._raw is None:
-            return self._before
-        return self._before + (self._raw.tell() if self._share is None else self._share)
-
-    def connect(self) -> "Dataset":
-        """Make sure that the first file can be had, for the listing and the files may be on different servers."""
-        self._first = self._open_file(self.files[0])
-        self._first.connect()
-        return self
+    def __init__(self, uri: str, revision: str | None, files: list[File], open_file: Callable[[File], io.IOBase]):
+        self.uri, self.revision, self.open_file = uri, revision, open_file
+        self.files = sorted((f for f in files if f.name.endswith(DATA_FILES)), key=lambda f: f.name)
+        if not self.files:
+            raise SourceError(f"{uri}: no data file there ({', '.join(DATA_FILES)})")
+        rows = self._rows()
+        # The listing and the files may be on different servers: is the first one to be had?
+        self._lines = chain(list(islice(rows, 1)), rows)
 
     def lines(self) -> Iterator[bytes]:
-        """The rows from the first on: JSON lines as published, without the line end, empty ones too; parquet as JSON.
+        """The rows, once: JSON lines as published, without the line end, empty ones too; parquet as JSON.
 
-        Text that is not UTF-8 stays so, for the reader of the line to find.
-        Raises SourceError; WrongChecksum only after the last row of a file.
+        Text that is not UTF-8 stays so, for the reader of the line to find. Raises SourceError.
         """
-        self._before = 0
+        return self._lines
+
+    def check_unchanged(self) -> None:
+        """Raises SourceError where what was read is not what is there now."""
+
+    def _rows(self) -> Iterator[bytes]:
         for file in self.files:
-            self._raw, self._first = self._first or self._open_file(file), None
             try:
-                self._raw.connect()
-                yield from self._parquet_rows(file) if file.name.endswith(".parquet") else _split(self._raw, file.name)
+                with self.open_file(file) as raw:
+                    if file.name.endswith(".parquet"):
+                        rows = table_rows(raw, f"{self.uri}: {file.name}")
+                    else:
+                        rows = split(raw, file.name)
+                    yield from rows
             except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
                 raise SourceError(f"{self.uri}: {file.name} cannot be read: {error}") from error
-            finally:
-                self._before, self._share = self.read_bytes, None
-                self._raw.close()
-                self._raw = None
-
-    def _parquet_rows(self, file: File) -> Iterator[bytes]:
-        self._share = 0
-        path = self._raw.whole()
-        with parquet.ParquetFile(path) as table:
-            done = 0
-            for batch in table.iter_batches(batch_size=256):
-                yield from _as_json(batch, f"{self.uri}: {file.name}")
-                done += batch.num_rows
-                self._share = path.stat().st_size * done // table.metadata.num_rows
 
 
-def _as_json(batch: pa.RecordBatch, where: str) -> Iterator[bytes]:
+class HubDataset(Dataset):
+    """Of the files of a repository that its URI means."""
+
+    def __init__(self, hub: Hub, repo: Repo):
+        self.hub, self.repo = hub, repo
+        commit, files = hub.files(repo)
+        meant = [f for f in files if not repo.path or f.name == repo.path or f.name.startswith(repo.path + "/")]
+        super().__init__(repo.uri, commit, meant, partial(hub.read, repo, commit))
+
+    @property
+    def fetched_bytes(self) -> int:
+        return self.hub.fetched_bytes
+
+    def check_unchanged(self) -> None:
+        if self.repo.hub != "modelscope":  # read by its commit
+            return
+        try:
+            _, now = self.hub.files(self.repo)
+        except Unreachable as error:
+            log.warning("whether it has changed while it was read is not known: %s", error)
+            return
+        if not set(self.files) <= set(now):
+            raise SourceError(f"{self.uri}: changed on the server while it was read: run the stage again")
+
+
+def table_rows(raw: io.IOBase, where: str) -> Iterator[bytes]:
+    table = parquet.ParquetFile(raw)
+    for group in range(table.num_row_groups):  # all at once, it would be read ahead to the end
+        for batch in table.iter_batches(batch_size=256, row_groups=[group]):
+            yield from as_json(batch, where)
+
+
+def as_json(batch: pa.RecordBatch, where: str) -> Iterator[bytes]:
     """A table's rows, text that is stored as bytes as text. Raises SourceError for types that JSON lacks."""
 
     def text(value: object) -> str:
@@ -153,7 +129,7 @@ def _as_json(batch: pa.RecordBatch, where: str) -> Iterator[bytes]:
             yield b"\xff"
         else:
             for number in range(batch.num_rows):
-                yield from _as_json(batch.slice(number, 1), where)
+                yield from as_json(batch.slice(number, 1), where)
         return
     for row in rows:
         cells = []
@@ -165,34 +141,30 @@ def _as_json(batch: pa.RecordBatch, where: str) -> Iterator[bytes]:
         yield f"{{{', '.join(cells)}}}".encode(errors="surrogateescape")
 
 
-def _split(raw: io.RawIOBase, name: str) -> Iterator[bytes]:
-    stream = io.BufferedReader(raw, 2**20)
+def split(raw: io.IOBase, name: str) -> Iterator[bytes]:
+    stream = io.BufferedReader(raw, BUFFER)
     if name.endswith(".gz"):
-        stream = io.BufferedReader(gzip.GzipFile(fileobj=stream), 2**20)
+        stream = io.BufferedReader(gzip.GzipFile(fileobj=stream), BUFFER)
     elif name.endswith(".zst"):
-        stream = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), "zstd"), 2**20)
+        stream = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), "zstd"), BUFFER)
     for line in stream:
         yield line.removesuffix(b"\n").removesuffix(b"\r")
 
 
-def open_dataset(uris: list[str], spool: Path, *, delay: float = 1.0) -> Dataset:
-    """The first of these sources that can be reached. Raises SourceError, naming all if none can be reached.
-
-    spool: folder for the published bytes that are fetched; a later call goes on with them.
-    delay: seconds before a failed request is repeated, doubled each time.
-    """
-    return _first_reachable(uris, lambda uri: _dataset(uri, spool, delay))
+def open_dataset(uris: list[str]) -> Dataset:
+    """The first of these sources that can be reached. Raises SourceError, naming all if none can be reached."""
+    return first_reachable(uris, _dataset)
 
 
-def fetch_model(uris: list[str], target: Path, spool: Path, *, delay: float = 1.0) -> dict:
+def fetch_model(uris: list[str], target: Path) -> dict:
     """Config, tokenizer and safetensors of the first of these sources that can be reached, to the folder `target`.
 
     Returns {"source": URI, "revision": commit or None, "files": {name: {"bytes", "sha256"}}}. Raises SourceError.
     """
-    return _first_reachable(uris, lambda uri: _model(uri, target, spool, delay))
+    return first_reachable(uris, partial(_model, target=target))
 
 
-def _first_reachable(uris: list[str], attempt: Callable):
+def first_reachable(uris: list[str], attempt: Callable):
     failures = []
     for uri in uris:
         try:
@@ -206,33 +178,17 @@ def _first_reachable(uris: list[str], attempt: Callable):
     raise Unreachable(f"none of the sources can be reached: {'; '.join(str(f) for f in failures) or 'none is given'}")
 
 
-def _dataset(uri: str, spool: Path, delay: float) -> Dataset:
+def _dataset(uri: str) -> Dataset:
     repo = parse(uri)
     if repo is None:
         return _local_dataset(uri, Path(uri).expanduser())
-    hub = hub_of(repo, delay)
+    hub = HUBS[repo.hub]()
     try:
-        commit, files = hub.files(repo)
+        return HubDataset(hub, repo)
     except Unreachable as error:
         if repo.hub == "hf" and (found := _cached_dataset(hub, repo)):
             return found
         raise error
-
-    def open_file(file: File) -> RemoteFile:
-        return RemoteFile(hub.web, hub.url(repo, commit, file.name), commit, file, _spool(spool, repo, file), grown)
-
-    def grown(count: int) -> None:
-        dataset.fetched_bytes += count
-
-    meant = [f for f in files if not repo.path or f.name == repo.path or f.name.startswith(repo.path + "/")]
-    dataset = Dataset(uri, commit, _data_files(meant, uri), open_file)
-    return dataset.connect()
-
-
-def _spool(folder: Path, repo: Repo, file: File) -> Path:
-    """Not by revision: the spool file of an old one makes room for the new one."""
-    name = hashlib.blake2b(f"{repo.hub} {repo.kind} {repo.id} {file.name}".encode(), digest_size=6).hexdigest()
-    return folder / f"{name}-{Path(file.name).name}"
 
 
 def _cached_dataset(hub: HuggingFace, repo: Repo) -> Dataset | None:
@@ -240,7 +196,7 @@ def _cached_dataset(hub: HuggingFace, repo: Repo) -> Dataset | None:
     try:
         folder = hub.snapshot(repo, patterns, offline=True)
         found = _local_dataset(repo.uri, folder / repo.path, folder)
-    except (Unreachable, NotFound):
+    except SourceError:
         return None
     log.warning("%s: %s is not reached, the hub's cache is used", repo.uri, hub.endpoint)
     found.revision = folder.name
@@ -249,53 +205,45 @@ def _cached_dataset(hub: HuggingFace, repo: Repo) -> Dataset | None:
 
 def _local_dataset(uri: str, path: Path, root: Path | None = None) -> Dataset:
     if not path.exists():
-        raise NotFound(f"{uri}: no such file or folder")
+        raise SourceError(f"{uri}: no such file or folder")
     root = root or (path if path.is_dir() else path.parent)
     paths = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
     paths = [p for p in paths if p.is_file()] if path.is_dir() else [path]
-    files = _data_files([File(p.relative_to(root).as_posix(), p.stat().st_size) for p in paths], uri)
-    try:
-        return Dataset(uri, None, files, lambda file: LocalFile(root / file.name)).connect()
-    except PermissionError as error:
-        raise NoPermission(f"{uri}: {error}") from error
+
+    def open_file(file: File) -> io.FileIO:
+        raw = io.FileIO(root / file.name)
+        if raw.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise SourceError(f"{raw.name}: only the pointer of a git-lfs file: run `git lfs pull` in its clone")
+        raw.seek(0)
+        return raw
+
+    return Dataset(uri, None, [File(p.relative_to(root).as_posix(), p.stat().st_size) for p in paths], open_file)
 
 
-def _data_files(files: list[File], uri: str) -> list[File]:
-    chosen = sorted((f for f in files if f.name.endswith(DATA_FILES)), key=lambda f: f.name)
-    if not chosen:
-        raise NotFound(f"{uri}: no data file there ({', '.join(DATA_FILES)})")
-    return chosen
-
-
-def _model(uri: str, target: Path, spool: Path, delay: float) -> dict:
-    repo, revision, listed, spooled = parse(uri), None, [], []
+def _model(uri: str, target: Path) -> dict:
+    repo, revision, listed, folder = parse(uri), None, [], target
     if repo is None:
         folder = Path(uri).expanduser()
         if not folder.is_dir():
-            raise NotFound(f"{uri}: no such folder")
-        paths = {path.name: path for path in folder.iterdir()}
+            raise SourceError(f"{uri}: no such folder")
     elif repo.hub == "hf":
-        folder, listed = _hf_model(HuggingFace(delay), repo)
-        revision, paths = folder.name, {path.name: path for path in folder.iterdir()}
+        folder, listed = _hf_model(HuggingFace(), repo)
+        revision = folder.name
     else:
-        hub = ModelScope(delay)
+        hub = ModelScope()
         revision, listed = hub.files(repo)
-        listed = [file for file in listed if _is_model_file(file.name)]
-        _check_names([file.name for file in listed], uri)
-        spooled = [_spool(spool, repo, file) for file in listed]
-        for file, path in zip(listed, spooled, strict=True):
-            with RemoteFile(hub.web, hub.url(repo, revision, file.name), revision, file, path) as remote:
-                remote.whole()
-        paths = {file.name: path for file, path in zip(listed, spooled, strict=True)}
-    paths = {name: path for name, path in sorted(paths.items()) if _is_model_file(name)}
-    files = _check_model(paths, {file.name: file.sha256 for file in listed}, uri)
-    target.mkdir(parents=True, exist_ok=True)
-    room(target, sum(file["bytes"] for file in files.values()) + MARGIN, uri)
-    for name, path in paths.items():
-        shutil.copyfile(path, target / name)
-    for path in spooled:
-        path.unlink()
-        path.with_name(path.name + ".json").unlink()
+        listed = [file for file in listed if is_model_file(file.name)]
+        check_names([file.name for file in listed], uri)
+        with room(target, sum(file.size for file in listed), uri):
+            for file in listed:
+                with hub.read(repo, revision, file) as raw, (target / file.name).open("wb") as out:
+                    shutil.copyfileobj(raw, out, BUFFER)
+    paths = {path.name: path for path in sorted(folder.iterdir()) if is_model_file(path.name)}
+    files = check_model(paths, {file.name: file.sha256 for file in listed}, uri)
+    if folder != target:
+        with room(target, sum(file["bytes"] for file in files.values()), uri):
+            for name, path in paths.items():
+                shutil.copyfile(path, target / name)
     return {"source": uri, "revision": revision, "files": files}
 
 
@@ -303,8 +251,8 @@ def _hf_model(hub: HuggingFace, repo: Repo) -> tuple[Path, list[File]]:
     """The commit's folder in the hub's cache, and what the hub lists, nothing if it is not reached."""
     try:
         _, listed = hub.files(repo)
-        names = [file.name for file in listed if _is_model_file(file.name)]
-        _check_names(names, repo.uri)
+        names = [file.name for file in listed if is_model_file(file.name)]
+        check_names(names, repo.uri)
         return hub.snapshot(repo, names), listed
     except Unreachable as error:
         try:
@@ -315,11 +263,11 @@ def _hf_model(hub: HuggingFace, repo: Repo) -> tuple[Path, list[File]]:
     return folder, []
 
 
-def _is_model_file(name: str) -> bool:
+def is_model_file(name: str) -> bool:
     return "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in MODEL_FILES)
 
 
-def _check_names(names: Iterable[str], uri: str) -> None:
+def check_names(names: Iterable[str], uri: str) -> None:
     names = set(names)
     tokenizers = ({"tokenizer.json"}, {"tokenizer.model"}, {"vocab.json", "merges.txt"})
     missing = [] if "config.json" in names else ["config.json"]
@@ -328,12 +276,12 @@ def _check_names(names: Iterable[str], uri: str) -> None:
     if not any(files <= names for files in tokenizers):
         missing.append("tokenizer.json (or vocab.json and merges.txt)")
     if missing:
-        raise NotFound(f"{uri}: no {', no '.join(missing)} there")
+        raise SourceError(f"{uri}: no {', no '.join(missing)} there")
 
 
-def _check_model(paths: dict[str, Path], listed: dict[str, str | None], uri: str) -> dict[str, dict]:
-    """{name: {"bytes", "sha256"}}. Raises NotFound for a missing file, WrongChecksum, SourceError for a damaged one."""
-    _check_names(paths, uri)
+def check_model(paths: dict[str, Path], listed: dict[str, str | None], uri: str) -> dict[str, dict]:
+    """{name: {"bytes", "sha256"}}. Raises SourceError for a file that is missing, damaged or not as listed."""
+    check_names(paths, uri)
     for name, path in paths.items():
         if name.endswith(".safetensors.index.json"):
             try:
@@ -341,13 +289,15 @@ def _check_model(paths: dict[str, Path], listed: dict[str, str | None], uri: str
             except (ValueError, LookupError, AttributeError, TypeError) as error:
                 raise SourceError(f"{uri}: {name} is no index of safetensors files") from error
             if missing := sorted(shards - paths.keys()):
-                raise NotFound(f"{uri}: no {', no '.join(missing)} there, which {name} names")
+                raise SourceError(f"{uri}: no {', no '.join(missing)} there, which {name} names")
     files = {}
     for name, path in paths.items():
-        files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        if (expected := listed.get(name)) and expected != files[name]["sha256"]:
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        files[name] = {"bytes": path.stat().st_size, "sha256": sha256}
+        if (listed.get(name) or sha256) != sha256:
             path.resolve().unlink()  # out of the hub's cache, or the next run would find it again
-            raise WrongChecksum(f"{uri}: {name} has not the sha256 that the hub lists: it is deleted, try again")
+            raise SourceError(f"{uri}: {name} has not the sha256 that the hub lists: it is deleted, try again")
         if name.endswith(".safetensors"):
             try:
                 with safe_open(path, framework="numpy"):
