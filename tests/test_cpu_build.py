@@ -74,7 +74,7 @@ def test_another_source_header_flag_processor_or_compiler_is_another_library(cac
     monkeypatch.setattr(build, "HERE", folder)
     assert libraries() == 4
     for i, name in enumerate(("select.c", "vec.h")):
-        (folder / name).write_text((folder / name).read_text() + "// another\n")
+        (folder / name).write_text((folder / name).read_text(encoding="utf-8") + "// another\n", encoding="utf-8")
         assert libraries() == 5 + i
 
 

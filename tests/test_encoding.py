@@ -18,7 +18,7 @@ def test_text_files_have_an_encoding():
     """A comment in params.yaml ended the last stage where the locale is zh_CN.GBK. Ruff's PLW1514 sees a method call
     only where it knows that the object is a path."""
     missing = []
-    for room in ("dsa", "stages", "benchmarks", "tests"):
+    for room in ("dsa", "stages", "benchmarks", "studies", "tests"):
         for path in sorted((ROOT / room).rglob("*.py")):
             calls = [node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.Call)]
             without = [c for c in calls if is_text(c) and "encoding" not in {keyword.arg for keyword in c.keywords}]

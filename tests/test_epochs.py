@@ -57,7 +57,7 @@ def test_two_processes_take_the_steps_of_one(dense_model, tmp_path):
     command += ["--module", "tests.test_epochs", str(tmp_path / "two.json")]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    two = json.loads((tmp_path / "two.json").read_text())
+    two = json.loads((tmp_path / "two.json").read_text(encoding="utf-8"))
     torch.testing.assert_close(torch.tensor(two["losses"]), torch.tensor(one), rtol=1e-3, atol=1e-5)
     lengths = [len(row["input_ids"]) for row in examples(ROWS)]
     assert 2 * sum(lengths) < two["tokens"] < 2 * sum(lengths) + 2 * max(lengths)

@@ -90,9 +90,9 @@ def full(tmp_path_factory):
         profile["evaluate"] |= short | {"retrieval": {"lengths": [1024], "depths": 2, "rows": 1}}
         profile["harness"]["tasks"] = []
         profile["benchmark"] |= {"topk": [256], "decode": [1024], "prefill": [1024], "train": [256], "repeats": 1}
-        path.write_text(params.dump(profile))
+        path.write_text(params.dump(profile), encoding="utf-8")
         knobs = params.read(clone / "params.yaml")
-        (clone / "params.yaml").write_text(params.dump(knobs | {"profile": PROFILE}))
+        (clone / "params.yaml").write_text(params.dump(knobs | {"profile": PROFILE}), encoding="utf-8")
         shutil.rmtree(clone / "reports")
         (clone / "dvc.lock").unlink()
         environment = {
@@ -176,7 +176,7 @@ def test_without_a_network_one_line_says_what_to_set(tmp_path):
     """No hub answers: which hosts could not be reached, and which setting helps."""
     clone = copy_of_project(tmp_path / "project")
     knobs = params.read(clone / "params.yaml")
-    (clone / "params.yaml").write_text(params.dump(knobs | {"profile": PROFILE}))
+    (clone / "params.yaml").write_text(params.dump(knobs | {"profile": PROFILE}), encoding="utf-8")
     nobody = "http://127.0.0.1:9"
     environment = {"HF_ENDPOINT": nobody, "MODELSCOPE_ENDPOINT": nobody, "HF_HUB_OFFLINE": "0"}
     environment |= {"HF_HOME": str(tmp_path), "DSA_SCRATCH": str(tmp_path)}

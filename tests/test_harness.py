@@ -83,7 +83,7 @@ def write_tasks(folder, rows: list[dict]) -> dict[str, str]:
         },
     }
     for name, task in tasks.items():
-        (folder / f"{name}.yaml").write_text(params.dump({"task": name} | common | task))
+        (folder / f"{name}.yaml").write_text(params.dump({"task": name} | common | task), encoding="utf-8")
     return {name: str(folder / f"{name}.yaml") for name in tasks}
 
 
@@ -115,7 +115,7 @@ def run(request, tmp_path_factory):
     profile = params.read(ROOT / "profiles/cpu.yaml")
     profile["harness"] |= {"tasks": list(tasks.values()), "limit": LIMIT}
     (root / "profiles").mkdir()
-    (root / "profiles/cpu.yaml").write_text(params.dump(profile))
+    (root / "profiles/cpu.yaml").write_text(params.dump(profile), encoding="utf-8")
     for name in ("params.yaml", "dvc.yaml"):
         (root / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
     selected, select = [], Qwen2DSAAttention.select

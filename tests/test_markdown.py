@@ -6,8 +6,8 @@ import re
 import markdown_it
 import pytest
 
-from benchmarks import failures_report, long_context_report, sweep_report
 from stages.markdown import block, code, escape
+from studies import failures_report, long_context_report, sweep_report
 from tests.conftest import ROOT
 
 HOSTILE = (
@@ -65,11 +65,11 @@ def test_a_name_reads_as_it_is_written(text):
     "name,module", [("failures", failures_report), ("long_context", long_context_report), ("sweep", sweep_report)]
 )
 def test_no_text_of_data_or_model_changes_a_benchmarks_page(tmp_path, monkeypatch, name, module):
-    found = json.loads((ROOT / f"reports/{name}.json").read_text())
+    found = json.loads((ROOT / f"reports/{name}.json").read_text(encoding="utf-8"))
     for function in [n for n in vars(module) if n.startswith("draw")]:
         monkeypatch.setattr(module, function, lambda *args, **kwargs: None)
     pages = []
     for text in ("x", HOSTILE):
         module.write_report(replaced(found, text), tmp_path)
-        pages.append((tmp_path / f"{name}.md").read_text())
+        pages.append((tmp_path / f"{name}.md").read_text(encoding="utf-8"))
     assert structure(pages[1]) == structure(pages[0])

@@ -19,7 +19,7 @@ def root(tmp_path):
 
 def change(path, **changes):
     content = params.read(path)
-    path.write_text(params.dump(content | changes))
+    path.write_text(params.dump(content | changes), encoding="utf-8")
 
 
 @pytest.mark.parametrize("profile", sorted(p.stem for p in (ROOT / "profiles").glob("*.yaml")))
@@ -154,10 +154,12 @@ def test_a_task_that_dvc_does_not_watch_is_refused(tmp_path):
 def test_a_number_is_one_however_it_is_written(root, written):
     """dvc #5971: PyYAML reads YAML 1.1, where 1e-5 is a string."""
     file = root / "params.yaml"
-    file.write_text(file.read_text().replace("beta: 0.1", f"beta: {written}"))
+    file.write_text(file.read_text(encoding="utf-8").replace("beta: 0.1", f"beta: {written}"), encoding="utf-8")
     assert params.load(root=root).dpo.beta == float(written)
     profile = root / "profiles/cpu.yaml"
-    profile.write_text(profile.read_text().replace("learning_rate: 5.0e-4", "learning_rate: 5e-4"))
+    profile.write_text(
+        profile.read_text(encoding="utf-8").replace("learning_rate: 5.0e-4", "learning_rate: 5e-4"), encoding="utf-8"
+    )
     assert params.load(root=root).dense.learning_rate == 5e-4
 
 
@@ -166,7 +168,7 @@ def test_what_dvc_writes_is_read(root, beta):
     """As after `dvc exp run -S dpo.beta=...`."""
     content = params.read(root / "params.yaml")
     content["dpo"]["beta"] = beta
-    (root / "params.yaml").write_text(dumps_yaml(content))
+    (root / "params.yaml").write_text(dumps_yaml(content), encoding="utf-8")
     assert params.load(root=root).dpo.beta == beta
     assert params.read(root / "params.yaml") == loads_yaml(params.dump(content)) == content
 
@@ -174,6 +176,6 @@ def test_what_dvc_writes_is_read(root, beta):
 @pytest.mark.parametrize("written", ["yes", "'0.1'", ".nan", ".inf", "0.1.0", "1e", "0x"])
 def test_what_is_no_number_is_named(root, written):
     file = root / "params.yaml"
-    file.write_text(file.read_text().replace("beta: 0.1", f"beta: {written}"))
+    file.write_text(file.read_text(encoding="utf-8").replace("beta: 0.1", f"beta: {written}"), encoding="utf-8")
     with pytest.raises(SystemExit, match=r"params.yaml: dpo.beta"):
         params.load(root=root)

@@ -61,7 +61,7 @@ def would_run(clone, *changes):
         path = clone / file
         content = params.read(path)
         edit(content)
-        path.write_text(params.dump(content))
+        path.write_text(params.dump(content), encoding="utf-8")
     status = json.loads(run(["dvc", "status", "--json", "dvc.yaml"], clone).stdout)
     run(["git", "checkout", "-q", "params.yaml", "profiles"], clone)
     return {
@@ -170,7 +170,7 @@ def smoke(clone, no_identity):
     """The whole pipeline, killed hard once in the middle of sparse training."""
     run(["git", "checkout", "-q", "."], clone)
     knobs = params.read(clone / "params.yaml")
-    (clone / "params.yaml").write_text(params.dump(knobs | {"profile": "smoke"}))
+    (clone / "params.yaml").write_text(params.dump(knobs | {"profile": "smoke"}), encoding="utf-8")
     shutil.rmtree(clone / "reports", ignore_errors=True)
     (clone / "dvc.lock").unlink(missing_ok=True)
     run(["dvc", "repro", "evaluate@dense", "warmup"], clone, **no_identity)

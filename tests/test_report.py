@@ -59,7 +59,9 @@ def pages(tmp_path, monkeypatch):
     def write(edit=lambda name, content: content):
         for path in Path("reports").glob("*/*.json"):
             name = path.relative_to("reports").with_suffix("").as_posix()
-            path.write_text(json.dumps(edit(name, json.loads((ROOT / path).read_text()))))
+            path.write_text(
+                json.dumps(edit(name, json.loads((ROOT / path).read_text(encoding="utf-8")))), encoding="utf-8"
+            )
         report.main()
         return tuple(Path(f"reports/report.{kind}").read_text(encoding="utf-8") for kind in ("md", "html"))
 

@@ -107,7 +107,7 @@ def test_a_second_run_does_not_touch_what_another_is_writing(tmp_path):
         ):
             pytest.fail("two owners")
         assert len(str(error.value).splitlines()) == 1
-        assert (folder / "checkpoint").read_text() == "half of it"
+        assert (folder / "checkpoint").read_text(encoding="utf-8") == "half of it"
     with common.owned(folder):  # which a kill has freed
         assert (folder / "checkpoint").exists()
     assert not list(folder.parent.iterdir())
@@ -116,7 +116,7 @@ def test_a_second_run_does_not_touch_what_another_is_writing(tmp_path):
 def test_a_run_that_fails_leaves_its_scratch_folder_to_the_next(tmp_path):
     folder = tmp_path / "dense-0"
     with pytest.raises(ZeroDivisionError), common.owned(folder):
-        (folder / "checkpoint").write_text("")
+        (folder / "checkpoint").write_text("", encoding="utf-8")
         _ = 1 / 0
     with common.owned(folder):
         assert (folder / "checkpoint").exists()

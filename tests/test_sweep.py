@@ -270,9 +270,11 @@ def test_compare_writes_the_gap_and_its_row_sums(monkeypatch, tmp_path):
     for name in ("params.yaml", "dvc.yaml"):
         (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
     (tmp_path / "profiles").mkdir()
-    (tmp_path / "profiles/cpu.yaml").write_text((ROOT / "profiles/cpu.yaml").read_text())
+    (tmp_path / "profiles/cpu.yaml").write_text(
+        (ROOT / "profiles/cpu.yaml").read_text(encoding="utf-8"), encoding="utf-8"
+    )
     content = params.read(tmp_path / "params.yaml")
-    (tmp_path / "params.yaml").write_text(params.dump(content | {"topk": 2}))
+    (tmp_path / "params.yaml").write_text(params.dump(content | {"topk": 2}), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     Path("data/evaluate").mkdir(parents=True)
     Path("reports/evaluate").mkdir(parents=True)

@@ -180,7 +180,7 @@ class HuggingFace(Hub):
     def open(self, repo: Repo, commit: str, file: File) -> AbstractBufferedFile:
         path = f"{'datasets/' if repo.kind == 'dataset' else ''}{repo.id}@{commit}/{file.name}"
         hub = HfFileSystem(endpoint=self.endpoint, skip_instance_cache=True)
-        return hub.open(path, size=file.size, block_size=BLOCK)
+        return hub.open(path, "rb", size=file.size, block_size=BLOCK)
 
     def snapshot(self, repo: Repo, patterns: list[str], offline: bool = False) -> Path:
         """The folder of the commit in the hub's cache. Fetches the files of these patterns, unless offline."""
