@@ -191,6 +191,8 @@ class GatherAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, indices, scaling):
+        # `_flash` takes the numbers of a head for neighbours, and does not look.
+        q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
         out = torch.zeros_like(q)
         lse = q.new_zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
         own = q.device.type == "cpu" and not any(ctx.needs_input_grad)

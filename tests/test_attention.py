@@ -110,6 +110,17 @@ def test_low_precision_stays_close_to_the_reference():
     assert error_ratio(got, sparse_attention(q, k, v, indices, backend="reference")) < 1e-2
 
 
+def test_gather_takes_heads_whose_numbers_are_no_neighbours():
+    q, k, v, indices = inputs(2, 6, 2, 37, 37, 16, 5)
+    expected = sparse_attention(q, k, v, indices, backend="reference")
+    strided = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v)]
+    got = sparse_attention(*strided, indices, backend="gather")
+    assert error_ratio(got, expected) < 2e-6
+    grads = torch.autograd.grad(got.square().sum(), (q, k, v))
+    for mine, theirs in zip(grads, torch.autograd.grad(expected.square().sum(), (q, k, v)), strict=True):
+        assert error_ratio(mine, theirs) < 2e-5
+
+
 def test_with_every_key_it_is_dense_attention():
     q, k, v, indices = inputs(2, 6, 2, 40, 40, 16, 40)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)

@@ -20,11 +20,7 @@ NOWHERE = {
 }
 FULL_ATTENTION = "every query attends to all keys, by transformers' own attention"
 NO_INDEXER = "the model has no indexer"
-READS = "how many processes read changes no row"
 RULED_OUT = {  # of a stage: modules that it imports and whose code it does not run, and why
-    "download": {"dsa/machine.py": READS},
-    "filter": {"dsa/machine.py": READS},
-    "pairs": {"dsa/machine.py": READS},
     "dense": {
         "dsa/attention.py": FULL_ATTENTION,
         "dsa/kernels": FULL_ATTENTION,

@@ -122,9 +122,8 @@ def _folder() -> Path:
 @lru_cache
 def _processor() -> str:
     """What "native" means here: a home on a shared disk is read by other machines too."""
-    name = [platform.system(), platform.machine(), platform.processor()]
-    if sys.platform == "linux":
-        kinds = ("model name", "flags", "CPU part", "Features")
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name += dict.fromkeys(line for line in lines if line.startswith(kinds))
-    return "\n".join(name)
+    if sys.platform != "linux":
+        return f"{platform.machine()} {platform.node()}"
+    kinds = ("model name", "flags", "CPU part", "Features")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(kinds)))

@@ -12,6 +12,7 @@
 #define BLOCK 16                         // queries that share a tile while it is in L1
 #define HEADS (H < 4 ? H : 4)            // heads at once
 #define QUERIES (H < 3 ? 4 / H : 1)      // queries at once: as many rows of accumulators as four heads
+#define NV 6                             // vectors of keys at once, at most
 #define AHEAD (2 * NT)                   // keys between what decoding reads and what it prefetches
 #define INFINITY __builtin_inff()
 
@@ -38,8 +39,8 @@ static inline vf relu(vf x) { return (vf)((vi)x & ~(x < 0)); }  // keeps NaN
 
 #define INLINE static inline __attribute__((always_inline))  // for each number of queries anew
 
-// acc[r][j] = q[r] . keys c + j * LANES ..  of a tile; q[r] [STEPS]
-INLINE void dots(const int rows, const int nv, vn acc[][6], const number *const q[], const struct tile *tile, int c) {
+// acc[r][j] += q[r] . keys c + j * LANES ..  of a tile, for rows r and nv vectors j; q[r] [STEPS]
+INLINE void dots(const int rows, const int nv, vn acc[][NV], const number *const q[], const struct tile *tile, int c) {
 #pragma clang loop unroll_count(2)
     for (int d = 0; d < STEPS; d++)
         UNROLL for (int r = 0; r < rows; r++)
@@ -48,7 +49,7 @@ INLINE void dots(const int rows, const int nv, vn acc[][6], const number *const 
 }
 
 // The same of one vector of keys that are not packed.
-INLINE void dots_of_rows(const int rows, vn acc[][6], const number *const q[], const struct rows *keys,
+INLINE void dots_of_rows(const int rows, vn acc[][NV], const number *const q[], const struct rows *keys,
                          struct tile *tile, int c) {
     const char *later = keys->at + (c + AHEAD) * keys->stride;
     const int64_t share = LANES * keys->stride * 4 / WORDS;
@@ -76,13 +77,13 @@ INLINE void dots_of_rows(const int rows, vn acc[][6], const number *const q[], c
 INLINE void rank(const int queries, const number *q, const float *w, struct tile *tile, const struct rows *keys,
                  struct list *lists) {
     const int rows = queries * HEADS;
-    const int nv = keys ? 1 : REGISTERS == 32 || rows == 1 ? 6 : rows == 2 ? 4 : 2;  // vectors of keys at once
+    const int nv = keys ? 1 : REGISTERS == 32 || rows == 1 ? NV : rows == 2 ? 4 : 2;  // what registers hold
     for (int c = 0; c < NT; c += nv * LANES) {
-        vf sum[QUERIES][6] = {};
+        vf sum[QUERIES][NV] = {};
         UNROLL for (int h = 0; h < H; h += HEADS) {
             const int heads = H - h < HEADS ? H - h : HEADS;
             const number *qs[QUERIES * HEADS];
-            vn acc[QUERIES * HEADS][6] = {};
+            vn acc[QUERIES * HEADS][NV] = {};
             UNROLL for (int r = 0; r < queries * heads; r++) qs[r] = q + (r / heads * H + h + r % heads) * STEPS;
             if (keys) dots_of_rows(queries * heads, acc, qs, keys, tile, c);
             else dots(queries * heads, nv, acc, qs, tile, c);
@@ -205,7 +206,6 @@ static void load_queries(number *to, float *to_w, const void *q, const float *w,
 
 int dsa_tile_keys(void) { return NT; }
 int dsa_tile_bytes(void) { return sizeof(struct tile); }
-int dsa_lanes(void) { return LANES; }
 int dsa_block(void) { return BLOCK; }
 
 // Tiles from .. to - 1 of rows [S], see pack.
@@ -268,7 +268,8 @@ void dsa_select_one(const void *q, const float *w, float scale, const char *rows
         struct list list = new_list(0, last, 0, scratch, stride);
         for (int64_t s = begin; s < end && s <= last; s += NT) {
             describe(&tile, &here, rows + b * row_stride, key_stride, real ? real + b * S : 0, s, S);
-            rank(1, qs[0], ws, &tile, &here, &list);
+            if (!scores && last < k) take(&tile, &list);  // nothing to rank
+            else rank(1, qs[0], ws, &tile, &here, &list);
             if (list.n > cap - NT) shrink(&list, k, rest, stride);
         }
         finish(&list, k, keys + u * k, scores ? scores + u * k : 0, rest, stride);

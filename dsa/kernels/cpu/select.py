@@ -8,7 +8,8 @@ from dsa.masks import Visibility
 HEADS = range(1, 17)
 HEAD_DIMS = (16, 32, 64, 128)
 DTYPES = {torch.float32: {}, torch.bfloat16: {"BF16": 1}, torch.int8: {"INT8": 1}}  # of keys
-ROWS = 256  # queries a job
+ROWS = 64  # queries a job
+PACKED = 64  # tiles a job
 SPLIT = 8192  # keys that are worth a thread of their own in decoding
 
 
@@ -78,7 +79,7 @@ def _all_queries(lib, q, k, weights, scale, visible, real, keys, scores):
     cap = _capacity(topk, S, tile_keys)
 
     def pack(b: int, start: int) -> None:
-        stop, mask = min(start + ROWS, tiles.shape[1]), None if real is None else real[b]
+        stop, mask = min(start + PACKED, tiles.shape[1]), None if real is None else real[b]
         build.call(lib.dsa_pack, k[b], k.stride(1) * k.itemsize, mask, S, start, stop, tiles[b])
 
     def slab(b: int, start: int) -> None:
@@ -89,7 +90,7 @@ def _all_queries(lib, q, k, weights, scale, visible, real, keys, scores):
             *(start, stop, topk, cap, keys[b], found, scratch),
         )
 
-    threads.each(pack, [(b, start) for b in range(B) for start in range(0, tiles.shape[1], ROWS)])
+    threads.each(pack, [(b, start) for b in range(B) for start in range(0, tiles.shape[1], PACKED)])
     threads.each(slab, [(b, start) for start in reversed(range(0, T, ROWS)) for b in range(B)])
 
 
