@@ -125,5 +125,5 @@ def _processor() -> str:
     if sys.platform != "linux":
         return f"{platform.machine()} {platform.node()}"
     kinds = ("model name", "flags", "CPU part", "Features")
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     return "\n".join(dict.fromkeys(line for line in lines if line.startswith(kinds)))
