@@ -69,15 +69,11 @@ class IndexScores(DeferredScores):
         return index_scores(self.q[:, slab.queries], self.k[:, : slab.keys], self.weights[:, slab.queries])
 
     def select(self, topk: int) -> torch.Tensor:
-        q, k, weights = self.q, self.k, self.weights
-        H, D = q.shape[2:]
-        kernel = select, k.dtype, H, D
-        if not select.fits(self.visible) or kernels.chosen(q, 16, "key selection", kernel) != "cpu":
+        H, D = self.q.shape[2:]
+        kernel = select, self.k.dtype, H, D
+        if not select.fits(self.visible) or kernels.chosen(self.q, 16, "key selection", kernel) != "cpu":
             return super().select(topk)
-        if k.dtype == torch.int8:
-            q, q_scale = quantize(q)
-            weights = weights * q_scale.squeeze(-1)
-        return select.select_keys(q, k, weights.float(), (D * H) ** -0.5, topk, self.visible)
+        return select.select_keys(self.q, self.k, self.weights.float(), (D * H) ** -0.5, topk, self.visible)
 
 
 def _decoding(q: torch.Tensor) -> bool:

@@ -22,7 +22,8 @@ def integers(B, T, S, H, D, dtype, seed=0, high=3):
     if dtype != torch.int8:
         return (q.to(dtype), k.to(dtype), weights), k.to(dtype)
     scale = 2.0 ** torch.randint(-2, 3, (B, S, 1), generator=g)
-    return (q.to(dtype), k * scale, weights), torch.cat([k.to(dtype), scale.view(dtype)], dim=-1)
+    q[..., 0] = 127  # a scale of one: nothing is rounded
+    return (q, k * scale, weights), torch.cat([k.to(dtype), scale.view(dtype)], dim=-1)
 
 
 def reference_selection(q, k, weights, topk, visible):
@@ -73,12 +74,14 @@ def test_scores_and_keys_of_real_numbers_are_the_references_up_to_rounding(H, D,
     rows, scale = k.to(dtype), (H * D) ** -0.5
     if dtype == torch.int8:
         rows = pack_int8(k)
-        (q, q_scale), k = quantize(q), rows[..., :-4].float() * rows.view(torch.float32)[..., -1:]
-        weights = weights * q_scale.squeeze(-1)
+        k = rows[..., :-4].float() * rows.view(torch.float32)[..., -1:]
     else:
         q, k = q.to(dtype), rows
     visible = Visibility(T, S, S - T)
     keys, scores = select.select(q, rows, weights, scale, topk, visible)
+    if dtype == torch.int8:
+        rounded, q_scale = quantize(q)
+        q = rounded.float() * q_scale
     exact = reference.index_scores(q.double(), k.double(), weights.double())
     mask = visible.mask(Slab(0, T, S), q.device).expand_as(exact)
     best = exact.gather(2, reference.select_topk(exact, topk, mask).long())
@@ -150,10 +153,7 @@ def test_scores_of_every_kind(kind, T, march):
 def real_numbers(B, T, S, H, D, dtype):
     g = torch.Generator().manual_seed(0)
     q, k, weights = (torch.randn(*shape, generator=g) for shape in ((B, T, H, D), (B, S, D), (B, T, H)))
-    if dtype == torch.int8:
-        (q, scale), k = quantize(q), pack_int8(k)
-        return q, k, weights * scale.squeeze(-1)
-    return q.to(dtype), k.to(dtype), weights
+    return (q, pack_int8(k), weights) if dtype == torch.int8 else (q.to(dtype), k.to(dtype), weights)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -121,13 +121,14 @@ def _selection(device, dtype, heads: int, head_dim: int) -> float:
     )
     if dtype == torch.int8:  # with a scale of one
         q, k = (8 * q).round(), (8 * k).round()
+        q[..., 0] = 127
         rows = torch.cat([k.to(dtype), torch.ones(1, S, 1).view(dtype)], dim=-1)
     else:
         q, k = q.to(dtype), k.to(dtype)
         rows = k
     visible = Visibility(T, S, S - T)
     scale = (heads * head_dim) ** -0.5
-    keys, scores = select.select(q.to(dtype), rows, weights, scale, topk, visible)
+    keys, scores = select.select(q, rows, weights, scale, topk, visible)
     wide = reference.index_scores(q.double(), k.double(), weights.double())
     best = wide.gather(2, reference.select_topk(wide, topk, visible.mask(Slab(0, T, S), device)).long())
     ours = wide.gather(2, keys.long())

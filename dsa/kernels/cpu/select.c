@@ -191,17 +191,38 @@ static struct list new_list(int32_t first, int32_t last, int m, float *scratch, 
     return (struct list){first, last, __builtin_nanf(""), 0, scratch, (int32_t *)(scratch + stride)};
 }
 
-// Queries t .. t + n - 1 of q [T][H][D], float or int8, and w [T][H].
-static void load_queries(number *to, float *to_w, const void *q, const float *w, float scale, int64_t t, int n) {
-#if defined BYTES
-    __builtin_memcpy(to, (const int8_t *)q + t * H * D, n * H * D);
-    for (int i = 0; i < n * H * STEPS; i++) to[i] ^= 0x80808080;  // + 128 in each byte
-#elif defined INT8
-    for (int i = 0; i < n * H * D; i++) to[i] = ((const int8_t *)q)[t * H * D + i];
+// A head's query q [D], rounded to int8 as in dsa/indexer.py, quantize; its scale.
+static float quantize(const float *q, int8_t to[D]) {
+    float max = 1e-30f, finite = 0;
+    for (int d = 0; d < D; d++) {
+        float size = q[d] < 0 ? -q[d] : q[d];
+        max = size > max ? size : max;
+        finite += q[d] - q[d];  // NaN, where one is NaN or infinite
+    }
+    float scale = max / 127 + finite;
+    for (int d = 0; d < D; d++) to[d] = finite == 0 ? (int8_t)__builtin_elementwise_rint(q[d] / scale) : 0;
+    return scale;
+}
+
+// Queries t .. t + n - 1 of q [T][H][D] and w [T][H].
+static void load_queries(number *to, float *to_w, const float *q, const float *w, float scale, int64_t t, int n) {
+    q += t * H * D;
+    w += t * H;
+    for (int i = 0; i < n * H; i++, q += D, to += STEPS) {
+#ifdef INT8
+        int8_t rounded[D];
+        to_w[i] = w[i] * quantize(q, rounded) * scale;
+#ifdef BYTES
+        __builtin_memcpy(to, rounded, D);
+        for (int d = 0; d < STEPS; d++) to[d] ^= 0x80808080;  // + 128 in each byte
 #else
-    __builtin_memcpy(to, (const float *)q + t * H * D, n * H * D * sizeof *to);
+        for (int d = 0; d < D; d++) to[d] = rounded[d];
 #endif
-    for (int i = 0; i < n * H; i++) to_w[i] = w[t * H + i] * scale;
+#else
+        to_w[i] = w[i] * scale;
+        __builtin_memcpy(to, q, D * sizeof *q);
+#endif
+    }
 }
 
 int dsa_tile_keys(void) { return NT; }
@@ -214,10 +235,10 @@ void dsa_pack(const char *rows, int64_t stride, const uint8_t *real, int64_t S, 
     for (int64_t i = from; i < to; i++) pack(&tiles[i], rows, stride, real, i * NT, S);
 }
 
-// Queries t0 .. t1 - 1 of q [T][H][D], float or int8, and w [T][H], the heads' weights, which `scale` multiplies. Query t
+// Queries t0 .. t1 - 1 of q [T][H][D] and w [T][H], the heads' weights, which `scale` multiplies. Query t
 // sees the keys first[t] (or 0, where first is NULL) .. offset + t.
 // keys int32 [T][k], scores float [T][k] or NULL; scratch [2 BLOCK + 4][cap + LANES], cap >= k + NT.
-void dsa_select(const void *q, const float *w, float scale, struct tile *tiles, const int32_t *first, int64_t offset,
+void dsa_select(const float *q, const float *w, float scale, struct tile *tiles, const int32_t *first, int64_t offset,
                 int64_t t0, int64_t t1, int64_t k, int64_t cap, int32_t *keys, float *scores, float *scratch) {
     int64_t stride = cap + LANES;
     float *rest = scratch + 2 * BLOCK * stride;
@@ -253,7 +274,7 @@ void dsa_select(const void *q, const float *w, float scale, struct tile *tiles, 
 // One query a row, q [B][H][D] and w [B][H], all keys up to `last` but padding, read from rows [B][S] as they are: strides
 // in bytes, see pack. real [B][S] or NULL. The keys of a row are cut into `parts` of `length`, a multiple of NT; this call
 // is for parts from .. to - 1 of the B * parts.  keys, scores [B][parts][k]; scratch [6][cap + LANES].
-void dsa_select_one(const void *q, const float *w, float scale, const char *rows, int64_t row_stride, int64_t key_stride,
+void dsa_select_one(const float *q, const float *w, float scale, const char *rows, int64_t row_stride, int64_t key_stride,
                     const uint8_t *real, int64_t S, int64_t last, int64_t parts, int64_t length, int64_t from, int64_t to,
                     int64_t k, int64_t cap, int32_t *keys, float *scores, float *scratch) {
     int64_t stride = cap + LANES;

@@ -34,9 +34,9 @@ def select(
     """The keys of each query with the largest sum_h scale * weights[h] * relu(q[h] . key).
 
     Args:
-        q: [B, T, H, D], float; int8 where the keys are.
+        q: [B, T, H, D], float; rounded here where the keys are int8, each head by its own scale.
         k: float32 or bfloat16 [B, S, D], or int8 [B, S, D + 4], see `dsa.indexer.pack_int8`.
-        weights: float32 [B, T, H]; with the scales of int8 queries.
+        weights: float32 [B, T, H].
         visible: what `fits`.
 
     Returns:
@@ -56,10 +56,8 @@ def _select(q, k, weights, scale, topk, visible, scores):
     B, T, H, D = q.shape
     S = k.shape[1]
     lib = build.library("select.c", H=H, D=D, **DTYPES[k.dtype])
-    if k.dtype != torch.int8 and q.dtype != torch.float32:
-        q = q.float()
     k = k if k.stride(2) == 1 else k.contiguous()
-    index = q.contiguous(), k, weights.contiguous(), scale
+    index = q.float().contiguous(), k, weights.contiguous(), scale
     keys = torch.empty(B, T, min(topk, S), dtype=torch.int32)
     real = None if visible.key_mask is None else visible.key_mask.expand(B, S).contiguous()
     run = _one_query if T == 1 and visible.documents is None else _all_queries
