@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 UNION_SHARE = 0.7  # with more of the prefix in the union, slicing the prefix is cheaper than gathering from it
 GATHER_ROWS = 256  # queries a slab
-# A union of more keys than both costs a CPU more than each query's own keys do (benchmarks/prefill.py). The second
+# A union of more keys than both costs a CPU more than each query's own keys do (reports/log.md, 2026-11-21). The second
 # bound leaves every row of up to so many tokens with the union.
 OWN_UNION, OWN_LENGTH = 4, 4096  # times K; keys
 OWN_ROWS = 4  # queries whose own keys are gathered at once
