@@ -23,56 +23,40 @@ from stages.params import Benchmark, Indexer
 GENERATED = 8  # tokens of a call of `generate`
 
 
-def tables(options: Benchmark, topks: list[int], indexer: Indexer) -> dict[str, list[Callable[[], dict]]]:
-    """name -> measurements, one a length. `layer`: of Qwen2.5-0.5B; `model`: the small one, whole."""
+def tables(options: Benchmark, topks: list[int], indexer: Indexer, full: bool) -> dict[str, list[Callable[[], dict]]]:
+    """name -> measurements, one a length. `layer`: of Qwen2.5-0.5B; `model`: the small one, whole.
+
+    In bfloat16 too where this device has it: the small model and decoding, and with `full` everything, and all of
+    Qwen2.5-0.5B in decoding, for which the stage has no time.
+    """
     layer = replace(cost.QWEN, index_heads=indexer.n_heads, index_dim=indexer.head_dim)
     model, repeats, few = cost.SMALL, options.repeats, topks[:1]
-    types = {"": torch.float32} | ({"_bf16": torch.bfloat16} if supports_bf16() else {})
+    f32, bf16 = torch.float32, torch.bfloat16
     found: dict[str, list[Callable[[], dict]]] = {}
-    for name, dtype in types.items():
-        bf16 = dtype == torch.bfloat16
-        found |= {
-            f"layer_attention{name}": [
-                lambda n=n, d=dtype: cost.attention_of_a_row(layer, n, topks, d, repeats) for n in options.prefill
-            ],
-            f"layer_prefill{name}": [
-                lambda n=n, d=dtype: cost.prefill(layer, n, topks, d, repeats, layers=1) for n in options.prefill
-            ],
-            f"layer_train{name}": [
-                lambda n=n, b=bf16: cost.training(layer, n, topks, b, repeats, layers=1) for n in options.train
-            ],
-            f"layer_decode{name}": [
-                lambda n=n, d=dtype: cost.decoding(layer, n, topks, d, repeats, layers=1) for n in options.decode
-            ],
-            f"model_prefill{name}": [
-                lambda n=n, d=dtype: cost.prefill(model, n, few, d, repeats) for n in options.prefill
-            ],
-            f"model_train{name}": [lambda n=n, b=bf16: cost.training(model, n, few, b, repeats) for n in options.train],
-            f"model_decode{name}": [
-                lambda n=n, d=dtype: cost.decoding(model, n, few, d, repeats) for n in options.decode
-            ],
-        }
-    found["model_generate"] = [
-        lambda n=n: cost.decoding(model, n, few, torch.float32, repeats, generate=GENERATED) for n in options.decode
-    ]
+
+    def table(name: str, measurement: Callable, lengths: list[int], *args, **kwargs) -> None:
+        found[name] = [lambda n=n: measurement(args[0], n, *args[1:], repeats, **kwargs) for n in lengths]
+
+    for name, dtype in ({"": f32} | ({"_bf16": bf16} if supports_bf16() else {})).items():
+        if full or dtype == f32:
+            table(f"layer_attention{name}", cost.attention_of_a_row, options.prefill, layer, topks, dtype)
+            table(f"layer_prefill{name}", cost.prefill, options.prefill, layer, topks, dtype, layers=1)
+            table(f"layer_train{name}", cost.training, options.train, layer, topks, dtype == bf16, layers=1)
+        table(f"layer_decode{name}", cost.decoding, options.decode, layer, topks, dtype, layers=1)
+        table(f"model_prefill{name}", cost.prefill, options.prefill, model, few, dtype)
+        table(f"model_train{name}", cost.training, options.train, model, few, dtype == bf16)
+        table(f"model_decode{name}", cost.decoding, options.decode, model, few, dtype)
+    table("model_generate", cost.decoding, options.decode, model, few, f32, generate=GENERATED)
+    if full:
+        table("full_decode_bf16", cost.decoding, [n for n in options.decode if n <= 32768], layer, topks[-1:], bf16)
     return found
-
-
-def full_size(options: Benchmark, topks: list[int]) -> dict[str, list[Callable[[], dict]]]:
-    """Decoding with all 24 layers and the vocabulary of Qwen2.5-0.5B: minutes and 4 GB, so no part of the stage."""
-    lengths, repeats = [n for n in options.decode if n <= 32768], options.repeats
-    return {
-        "full_decode_bf16": [
-            lambda n=n: cost.decoding(cost.QWEN, n, topks[-1:], torch.bfloat16, repeats) for n in lengths
-        ]
-    }
 
 
 def measure(
     options: Benchmark, topks: list[int], indexer: Indexer, only: tuple[str, ...] = (), full: bool = False
 ) -> dict:
     """The tables, those named in `only` if any are."""
-    everything = tables(options, topks, indexer) | (full_size(options, topks) if full else {})
+    everything = tables(options, topks, indexer, full)
     chosen = {name: calls for name, calls in everything.items() if not only or name in only}
     bar = tqdm(total=sum(map(len, chosen.values())))
     found = {}
