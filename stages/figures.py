@@ -231,38 +231,43 @@ def heatmap(wanted: np.ndarray, offered: np.ndarray, layer: int, path: Path) -> 
     save(figure, path)
 
 
-def cost_by_length(cost: dict, path: Path) -> None:
-    """A row a subject (one layer of Qwen2.5-0.5B, the whole small model), a panel a kind of work."""
-    subjects = {"layer": "one layer of Qwen2.5-0.5B", "model": "the whole small model"}
-    kinds = {"prefill": "prefill", "train": "forward and backward", "decode": "decode"}
-    figure, grid = plt.subplots(2, 3, figsize=(15, 8))
-    for axes, (subject, label) in zip(grid, subjects.items(), strict=True):
-        for axis, (kind, title) in zip(axes, kinds.items(), strict=True):
-            rows = cost["tables"][f"{subject}_{kind}"]
-            lengths = [row["length"] for row in rows]
-            per = [1 if kind == "decode" else length for length in lengths]
-            dense = [row["dense"] / n for row, n in zip(rows, per, strict=True)]
-            axis.plot(lengths, dense, color=COLORS["dense"], marker="o", label="dense attention")
-            for arm, style in zip(
-                dict.fromkeys(arm for row in rows for arm in row["ratio"]), ("-", "--", "-.", ":"), strict=False
-            ):
-                at = [i for i, row in enumerate(rows) if arm in row["arms"]]
-                axis.plot(
-                    [lengths[i] for i in at],
-                    [rows[i]["arms"][arm]["ms"] / per[i] for i in at],
-                    style,
-                    color=COLORS["oracle" if "int8" in arm else "dsa"],
-                    marker="^" if "int8" in arm else "o",
-                    label=f"DSA, k = {arm.rsplit('_', 1)[1]}" + (", int8 index keys" if "int8" in arm else ""),
-                )
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(lengths, [f"{n // 1024}K" if n % 1024 == 0 else n for n in lengths])
-            axis.set_yscale("log")
-            plain_log(axis.yaxis)
-            axis.set_xlabel("tokens before it" if kind == "decode" else "tokens of the row")
-            axis.set_ylabel("ms per token")
-            axis.set_title(f"{title}, {label}")
-            axis.legend()
+KINDS = {  # of stages/benchmark.py's tables
+    "layer_attention": "selection and attention, a layer of Qwen2.5-0.5B",
+    "layer_prefill": "prefill, that layer with projections and MLP",
+    "layer_train": "forward and backward, that layer",
+    "layer_decode": "a decoded token, that layer",
+    "model_prefill": "prefill, small model",
+    "model_train": "forward and backward, small model",
+    "model_decode": "a decoded token, small model",
+}
+
+
+def dense_over_dsa(cost: dict, path: Path) -> None:
+    """How many times as fast as dense attention DSA is with the fewest keys: a bar a measurement, a mark its bound."""
+    arm, rows = f"dsa_{cost['topk'][0]}", []
+    for kind, label in KINDS.items():
+        for suffix, number in (("", "float32"), ("_bf16", "bfloat16")):
+            rows += [
+                (f"{label}, {row['length'] // 1024}K", number, row["ratio"][arm], row["bound"][arm])
+                for row in cost["tables"].get(kind + suffix, [])
+                if arm in row["ratio"]
+            ]
+    places = {name: -i for i, name in enumerate(dict.fromkeys(name for name, *_ in rows))}
+    figure, axis = plt.subplots(figsize=(10, 0.42 * len(places) + 1.4))
+    colors = {"float32": COLORS["dsa"], "bfloat16": COLORS["warmup"]}
+    for number, shift in (("float32", 0.2), ("bfloat16", -0.2)):
+        own = [(places[name] + shift, ratio, bound) for name, n, ratio, bound in rows if n == number]
+        axis.barh([y for y, *_ in own], [r for _, r, _ in own], height=0.36, color=colors[number], label=number)
+        for y, ratio, bound in own:
+            limit = bound["bytes"] if isinstance(bound, dict) else bound
+            axis.plot([limit, limit], [y - 0.2, y + 0.2], color="#222222", linewidth=2)
+            axis.annotate(f"{ratio:.2f}", (0.04, y), va="center", fontsize=8, color="white")
+    axis.plot([], [], color="#222222", linewidth=2, label="bound, by multiply-adds; in decoding by bytes")
+    axis.axvline(1, color="#999999", linestyle=":")
+    axis.set_yticks(list(places.values()), list(places))
+    axis.set_xlabel(f"time of dense attention / time of DSA, k = {cost['topk'][0]} (right of 1, DSA is faster)")
+    axis.margins(y=0.02)
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
     save(figure, path)
 
 

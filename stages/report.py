@@ -132,7 +132,7 @@ def draw(
     figures.row_lengths(histogram, p.data.min_tokens, p.data.max_length, FIGURES / "row_lengths.png")
     if p.evaluate.retrieval.lengths:
         figures.retrieval(tables["retrieval"], FIGURES / "retrieval.png")
-    figures.cost_by_length(cost, FIGURES / "cost_by_length.png")
+    figures.dense_over_dsa(cost, FIGURES / "dense_over_dsa.png")
 
 
 def to_html(markdown: str) -> str:
