@@ -191,6 +191,7 @@ static struct list new_list(int32_t first, int32_t last, int m, float *scratch, 
     return (struct list){first, last, __builtin_nanf(""), 0, scratch, (int32_t *)(scratch + stride)};
 }
 
+#ifdef INT8
 // A head's query q [D], rounded to int8 as in dsa/indexer.py, quantize; its scale.
 static float quantize(const float *q, int8_t to[D]) {
     float max = 1e-30f, finite = 0;
@@ -203,6 +204,7 @@ static float quantize(const float *q, int8_t to[D]) {
     for (int d = 0; d < D; d++) to[d] = finite == 0 ? (int8_t)__builtin_elementwise_rint(q[d] / scale) : 0;
     return scale;
 }
+#endif
 
 // Queries t .. t + n - 1 of q [T][H][D] and w [T][H].
 static void load_queries(number *to, float *to_w, const float *q, const float *w, float scale, int64_t t, int n) {
