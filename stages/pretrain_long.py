@@ -1,10 +1,10 @@
-"""The next base model: one that retrieves to 16,384 tokens. No stage yet; data/base is still that of stages/pretrain.py.
+"""The next base model: one that retrieves to 16,384 tokens. No stage yet; data/base is that of stages/pretrain.py.
 
     python -m stages.pretrain_long --scratch FOLDER        # goes on from the last checkpoint there
 
 A plain Qwen2 of 4.5 million parameters, trained at growing lengths on text in import order, look-ups and rows that can
-only be solved by reaching back (dsa/data/recall.py). It starts from a constructed induction circuit (`induction`): layer
-0 looks one and two tokens back, the later layers look for what came before the current token. Probes go to
+only be solved by reaching back (dsa/data/recall.py). It starts from a constructed induction circuit (`induction`):
+layer 0 looks one and two tokens back, the later layers look for what came before the current token. Probes go to
 FOLDER/probes.jsonl at every checkpoint.
 """
 
