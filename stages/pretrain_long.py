@@ -26,6 +26,7 @@ from dsa.data.import_order import in_import_order
 from dsa.data.recall import Recall, Row, positions
 from dsa.data.rows import encode, messages_of, render
 from stages import params
+from stages.pretrain import MuonWithAdamW
 
 SHAPE = {
     "hidden_size": 256,
@@ -170,23 +171,8 @@ def induction(model: Qwen2ForCausalLM, heads: int = 2, back=(1, 2), peak=14.0, m
                     layer.o_proj.weight[:, head * D : (head + 1) * D] += copy / 4 * copied[kv * D : (kv + 1) * D].T
 
 
-class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon for the layers' matrices, AdamW at half its rate for embeddings and vectors, behind one optimizer's face."""
-
-    def __init__(self, model: Qwen2ForCausalLM, learning_rate: float):
-        named = list(model.named_parameters())
-        matrices = [p for name, p in named if p.ndim == 2 and "embed_tokens" not in name]
-        others = [p for name, p in named if not (p.ndim == 2 and "embed_tokens" not in name)]
-        self.parts = (
-            torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=learning_rate / 2, betas=(0.9, 0.95), weight_decay=0.0),
-        )
-        super().__init__([{"params": matrices}, {"params": others}], {"lr": learning_rate})
-        self.param_groups = [group for part in self.parts for group in part.param_groups]  # a scheduler reaches both
-
-    def step(self, closure=None):
-        for part in self.parts:
-            part.step()
+class ResumableMuon(MuonWithAdamW):
+    """Its state can be saved and loaded, as a run that goes on from a checkpoint needs."""
 
     def state_dict(self):
         return {"parts": [part.state_dict() for part in self.parts]}
@@ -324,7 +310,7 @@ def main() -> None:
         )
     )
     induction(model)
-    optimizer = MuonWithAdamW(model, 1.0)
+    optimizer = ResumableMuon(model, 1.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, dataset.learning_rate)
     arguments = TrainingArguments(
         output_dir=str(args.scratch / "run"),
