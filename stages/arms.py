@@ -35,9 +35,9 @@ def sparse(selector: str) -> dict:
 
 
 GROUPS = {
-    "dense": Group("models/dense", ("generations", "retrieval"), sparse=False),
+    "dense": Group("models/dense", ("generations", "retrieval", "floors"), sparse=False),
     "warmup": Group("models/warmup", ("selection",)),
-    "dsa": Group("models/dsa", ("generations", "retrieval", "selection", "topk_sweep", "heatmap")),
+    "dsa": Group("models/dsa", ("generations", "retrieval", "selection", "budgets", "heatmap")),
     "window": Group("models/window", ("retrieval",)),
     "dpo_dense": Group("models/dpo-dense", sparse=False),
     "dpo_dsa": Group("models/dpo-dsa"),
@@ -65,8 +65,10 @@ ARMS = {
     "dpo_dsa": Arm("dpo_dsa", "DSA after DPO", sparse("indexer")),
 }
 PAIR = ("dense", "dsa")  # the two that are compared throughout: by `compare`, `dpo`, `harness` and side by side
+RETRIEVING = ("dense", "dsa", "dsa_oracle", "window_trained")  # are asked for pairs and needles
 TRAINED = tuple(name for name, arm in ARMS.items() if arm.trained_by)
-UNTRAINED = tuple(name for name, arm in ARMS.items() if arm.group == "warmup")
+UNRETRIEVING = ("dense", "dsa", "dsa_oracle", "window_trained")  # are asked for pairs and needles
+TRAINED = tuple(name for name, arm in ARMS.items() if arm.group == "warmup")
 LABELS = {name: arm.label for name, arm in ARMS.items()}
 COLORS = {name: arm.color for name, arm in ARMS.items() if arm.color}
 

@@ -12,9 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 from dsa import ablations
 from dsa.convert import config_of
 from dsa.data.rows import END_OF_TURN
-from dsa.evaluation.retrieval import questions
 from stages import params
-from stages.evaluate import RETRIEVAL_SEED
 from stages.training import split_batch
 
 BASE = Path("models/base")
@@ -49,8 +47,3 @@ def experiment() -> None:
         fields = ablations.fields(p.ablation, p.indexer.head_dim)
         heads = {"index_n_heads": p.indexer.n_heads, "index_head_dim": p.indexer.head_dim}
         config_of(AutoConfig.from_pretrained(BASE), index_topk=p.topk, **heads, **fields)
-    with named("evaluate"):
-        grid, tokenizer = p.evaluate.retrieval, AutoTokenizer.from_pretrained(BASE)
-        for length in grid.lengths:
-            if length < 2 * min(grid.lengths):  # what fits into one fits into twice as many tokens
-                questions(tokenizer, length, grid.depths, grid.rows, RETRIEVAL_SEED)

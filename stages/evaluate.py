@@ -6,6 +6,8 @@ data/evaluate/<group>.npz, numbers to reports/evaluate/<group>.json; differences
 
 import sys
 import time
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from dsa import Qwen2DSAForCausalLM
+from dsa.data.recall import Recall, Row
 from dsa.data.rows import END_OF_TURN, IGNORE, examples
 from dsa.evaluation.predictions import (
     Heatmap,
@@ -27,13 +30,13 @@ from dsa.evaluation.predictions import (
     observe_dense,
     predict,
 )
-from dsa.evaluation.retrieval import questions, score
+from dsa.evaluation.retrieval import exact
 from stages import arms, params
 from stages.common import measured
 from stages.files import read_rows, write_json
 
 SHOWN = 128  # tokens of a sample answer
-RETRIEVAL_SEED = 0  # every arm and every seed of the experiment has the same questions
+QUESTIONS = 20  # of a row of pairs
 
 
 def is_lookup(row: dict) -> bool:
@@ -101,19 +104,38 @@ def generate(model: Qwen2DSAForCausalLM, tokenizer, rows: list[dict], texts: lis
     return samples
 
 
-def retrieval(model: Qwen2DSAForCausalLM, tokenizer, grid) -> list[dict]:
-    """Key-value retrieval by length and depth: exact values, and the share of their tokens that is right."""
+def retrieval(model: Qwen2DSAForCausalLM, recall: Recall, lengths: list[int], rows: int, name: str) -> list[dict]:
+    """Exact values by test and length, and by fifths of the depth; 20 questions a row of either test."""
     found = []
-    for length in grid.lengths:
-        cells: dict[float, list[torch.Tensor]] = {}
-        items = questions(tokenizer, length, grid.depths, grid.rows, RETRIEVAL_SEED)
-        for item, (right, _) in zip(items, score(model, tqdm(items, desc=f"retrieval at {length}")), strict=True):
-            cells.setdefault(item.depth, []).append(right)
-        for depth, right in cells.items():
-            exact = sum(bool(r.all()) for r in right) / len(right)
-            tokens = torch.cat(right).float().mean().item()
-            cell = {"length": length, "depth": depth, "rows": len(right), "exact": exact, "tokens": round(tokens, 4)}
-            found.append(cell)
+    for test, make in (("pairs", recall.pairs_row), ("needles", recall.needles_row)):
+        for length in lengths:
+            right, depths = [], []
+            for row in tqdm(recall_rows(make, length, rows), desc=f"{name}: {test} at {length}"):
+                right += exact(model, row)
+                depths += row.depths
+            fifth = np.minimum((5 * np.array(depths)).astype(int), 4)
+            by_fifth = [float(np.mean(np.array(right)[fifth == f])) for f in range(5)]
+            cell = {"test": test, "length": length, "questions": len(right), "exact": float(np.mean(right))}
+            found.append({**cell, "by_depth": [round(x, 4) for x in by_fifth]})
+    return found
+
+
+def recall_rows(make: Callable[[object, int], Row], length: int, rows: int) -> list[Row]:
+    """So many rows of 20 questions each, or twice as many of ten; every arm has the same."""
+    first = make(0, length)
+    return [first, *(make(seed, length) for seed in range(1, rows * QUESTIONS // len(first.spans)))]
+
+
+def floors(model: Qwen2DSAForCausalLM, recall: Recall, lengths: list[int], rows: int) -> list[dict]:
+    """What is right without reaching back: of who sees the questions and not the context, and of who guesses among the
+    context's values."""
+    found = []
+    for test, make in (("pairs", recall.pairs_row), ("needles", recall.needles_row)):
+        for length in lengths:
+            asked = recall_rows(make, length, rows)
+            blind = [right for row in asked for right in exact(model, row, row.context)]
+            guess = 1 / asked[0].facts
+            found.append({"test": test, "length": length, "blind": float(np.mean(blind)), "guess": round(guess, 4)})
     return found
 
 
@@ -174,19 +196,45 @@ class Evaluation:
         answers = generate(self.model, self.tokenizer, self.rows, self.texts, self.options.generations)
         self.metrics["generations"] = answers
 
+    @cached_property
+    def recall(self) -> Recall:
+        """Rows with questions; the needles' haystacks are the held-out rows."""
+        ids = [i for row in self.rows for i in row["input_ids"]]
+        repeats = 1 + 2 * max(self.options.retrieval.lengths, default=0) // len(ids)
+        return Recall(self.tokenizer, torch.tensor(ids * repeats))
+
     def retrieval(self) -> None:
-        self.metrics["retrieval"] = retrieval(self.model, self.tokenizer, self.options.retrieval)
+        grid, self.metrics["retrieval"] = self.options.retrieval, {}
+        for name in arms.RETRIEVING:
+            if name in self.metrics["arms"]:
+                with changed(self.model.config, **arms.ARMS[name].changes):
+                    found = retrieval(self.model, self.recall, grid.lengths, grid.rows, name)
+                self.metrics["retrieval"][name] = found
+
+    def floors(self) -> None:
+        grid = self.options.retrieval
+        self.metrics["floors"] = floors(self.model, self.recall, grid.lengths, grid.rows)
 
     def selection(self) -> None:
         self.metrics["selection"] = selection(self.model, self.rows[: self.options.statistics_rows], self.p.topk)
 
-    def topk_sweep(self) -> None:
-        """The trained model at other k than it was trained with, and at that one."""
-        found = {self.p.topk: next(self.metrics["arms"][arm] for arm in self.metrics["arms"] if arm in arms.TRAINED)}
-        for k in sorted({*self.options.topk_sweep} - {self.p.topk}):
-            found[k], _ = self.predictions(f"k{k}", {"index_topk": k}, self.options.control_rows)
-        shown = ("loss", "loss_all_tokens", "retrieval", "retrieval_tokens")
-        self.metrics["topk_sweep"] = {str(k): {name: found[k][name] for name in shown} for k in sorted(found)}
+    def budgets(self) -> None:
+        """The trained weights at other k than they were trained with, with the indexer's choice and with the latest
+        keys, and under dense attention: losses on the first rows, exact answers at the longest trained length."""
+        options, lengths = self.options, self.options.retrieval.lengths
+        longest = [max((n for n in lengths if n <= self.p.data.max_length), default=0)] if lengths else []
+        settings = {"dense": ("dense", None, {"attention_mode": "dense"})}
+        for k in sorted({self.p.topk, *options.topk_sweep}):
+            for arm, selector in (("dsa", "indexer"), ("window", "window")):
+                settings[f"{arm}_k{k}"] = arm, k, {**arms.sparse(selector), "index_topk": k}
+        self.metrics["budgets"] = []
+        for name, (arm, k, changes) in settings.items():
+            summary, _ = self.predictions(f"budget_{name}", changes, options.control_rows)
+            numbers = {key: summary[key] for key in ("loss", "loss_all_tokens", "retrieval", "retrieval_tokens")}
+            with changed(self.model.config, **changes):
+                cells = retrieval(self.model, self.recall, longest, options.retrieval.rows, name)
+            numbers |= {cell["test"]: cell["exact"] for cell in cells}
+            self.metrics["budgets"].append({"arm": arm, "topk": k, **numbers})
 
     def heatmap(self) -> None:
         self.arrays |= heatmap(self.model, self.rows[0])

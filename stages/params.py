@@ -141,9 +141,8 @@ class DPO(Training):
 
 
 class Retrieval(Section):
-    lengths: list[Positive]
-    depths: Annotated[int, Field(gt=1)]
-    rows: Positive  # a length and depth
+    lengths: list[Annotated[int, Field(ge=256)]]  # tokens of a row
+    rows: Positive  # of 20 questions, of each test and length
 
 
 class Evaluate(Section):

@@ -25,6 +25,7 @@ from dsa.data import corpus
 from dsa.data.import_order import in_import_order
 from dsa.data.recall import Recall, Row, positions
 from dsa.data.rows import encode, messages_of, render
+from dsa.evaluation.retrieval import exact
 from stages import params
 from stages.pretrain import MuonWithAdamW
 
@@ -222,20 +223,6 @@ class PretrainTrainer(Trainer):
 
 
 @torch.no_grad()
-def exact(model: Qwen2ForCausalLM, rows: list[Row]) -> tuple[float, list[float]]:
-    """Share of the values that are right in all of their tokens: of all, and by fifths of the depth."""
-    fifths: list[list[bool]] = [[] for _ in range(5)]
-    for row in rows:
-        ids = torch.tensor([row.ids], device=model.device)
-        with torch.autocast(model.device.type, torch.bfloat16):
-            hidden = model.model(ids, use_cache=False).last_hidden_state[0]
-            for (start, end), depth in zip(row.spans, row.depths, strict=True):
-                first = model.lm_head(hidden[start - 1 : end - 1]).argmax(-1)
-                fifths[min(4, int(depth * 5))].append(torch.equal(first, ids[0, start:end]))
-    return sum(map(sum, fifths)) / sum(map(len, fifths)), [sum(f) / max(1, len(f)) for f in fifths]
-
-
-@torch.no_grad()
 def bits_per_char(model: Qwen2ForCausalLM, tokenizer, text: torch.Tensor, length: int, rows: int) -> float:
     blocks = text[: len(text) // length * length].view(-1, length)
     blocks = blocks[:: max(1, len(blocks) // rows)][:rows].to(model.device)
@@ -252,8 +239,8 @@ def measure(model, tokenizer, held_out: Recall, lengths: list[int], rows: int) -
     result = {"bits_per_char": round(bits_per_char(model, tokenizer, held_out.text, 2048, 4 * rows), 4)}
     for length in lengths:
         for name, make in (("pairs", held_out.pairs_row), ("needles", held_out.needles_row)):
-            share, fifths = exact(model, [make(seed, length) for seed in range(rows)])
-            result[f"{name}_{length}"] = [round(share, 3), *(round(f, 2) for f in fifths)]
+            right = [right for seed in range(rows) for right in exact(model, make(seed, length))]
+            result[f"{name}_{length}"] = round(sum(right) / len(right), 3)
     model.train()
     return result
 

@@ -37,8 +37,6 @@ def test_the_profiles_pass(root, profile):
 @pytest.mark.parametrize(
     "knobs,scale,machine,line",
     [
-        ({}, {"evaluate": {"retrieval": {"lengths": [512, 256], "depths": 5, "rows": 4}}}, {},
-         "evaluate: retrieval: 5 pairs do not fit into 256 tokens"),
         ({}, {"dpo": {"batch_size": 6}}, {"WORLD_SIZE": "4"}, "dpo: batch_size: 6 rows cannot be split over 4"),
         ({}, {"sparse": {"batch_size": 6}}, {"DSA_MICRO_BATCH": "4"}, "sparse: batch_size: 6 rows cannot be split"),
         ({"indexer": {"n_heads": 3}, "ablation": "per_kv_head"}, {}, {}, "indexer, ablation: index_per_kv_head: .*=3"),

@@ -87,7 +87,7 @@ def full(tmp_path_factory):
             profile[stage] |= {"steps": 2, "batch_size": 2}
         profile["dpo"] |= {"held_out": 4, "generations": 1}
         short = {"rows": 2, "control_rows": 1, "topk_sweep": [64], "statistics_rows": 1, "generations": 1}
-        profile["evaluate"] |= short | {"retrieval": {"lengths": [1024], "depths": 2, "rows": 1}}
+        profile["evaluate"] |= short | {"retrieval": {"lengths": [1024], "rows": 1}}
         profile["harness"]["tasks"] = []
         profile["benchmark"] |= {"topk": [256], "decode": [1024], "prefill": [1024], "train": [256], "repeats": 1}
         path.write_text(params.dump(profile), encoding="utf-8")

@@ -1,7 +1,6 @@
 """Rows that need what came before, and the pre-training on them: what a target promises must stand in the row."""
 
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from dsa.data.corpus import SourceFile
 from dsa.data.import_order import in_import_order
 from dsa.data.recall import Recall, positions
-from stages.pretrain_long import Phase, Steps, exact, induction
+from stages.pretrain_long import Phase, Steps, induction
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +64,8 @@ def test_rows_to_measure_with_fill_the_length_and_ask_at_every_depth(recall, len
     assert sorted(pairs.depths) == [(i + 0.5) / 20 for i in range(20)]
     assert sorted(needles.depths) == [(i + 0.5) / 10 for i in range(10)]
     for row in (pairs, needles):
-        first = row.spans[0][0]
+        first = row.context
+        assert row.facts > 0 and 0 < first < row.spans[0][0]
         where = [at for start, end in row.spans for at in range(first) if row.ids[at : at + 2] == row.ids[start:end]]
         assert len(where) >= len(row.spans)
     depth = {d: pairs.ids.index(pairs.ids[s], 0) for (s, _), d in zip(pairs.spans, pairs.depths, strict=True)}
@@ -114,27 +114,6 @@ def test_the_constructed_circuit_copies_before_any_training():
     with torch.no_grad():
         right = [(m(ids).logits[:, 61:-1].argmax(-1) == ids[:, 62:]).float().mean().item() for m in (plain, built)]
     assert right[0] < 0.05 and right[1] > 0.5
-
-
-def test_exact_counts_whole_values(recall):
-    """A value of two tokens of which one is right is no answer."""
-    row = recall.pairs_row(0, 256)
-    wrong = {start for start, _ in row.spans[:5]}
-
-    class Known(torch.nn.Module):
-        device = torch.device("cpu")
-
-        def model(self, ids, use_cache):
-            following = torch.cat([ids[0, 1:], ids[0, :1]])  # the token to predict at each place
-            for start in wrong:
-                following[start - 1] = 0
-            return SimpleNamespace(last_hidden_state=following[None, :, None].float())
-
-        def lm_head(self, hidden):
-            return torch.nn.functional.one_hot(hidden[..., 0].long(), 4096)
-
-    share, fifths = exact(Known(), [row])
-    assert share == 15 / 20 and sum(fifths) == pytest.approx(5 * 15 / 20)
 
 
 def test_a_file_stands_behind_what_it_imports():

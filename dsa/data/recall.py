@@ -45,12 +45,15 @@ BREAKS = ["\n\n", "<|im_end|>\n", "\n---\n", "", "\n# questions\n", "<|endoftext
 
 @dataclass
 class Row:
-    """Token ids, and of each its weight as a target. `spans` [start, end) are the values asked for, with `depths`."""
+    """Token ids, and of each its weight as a target. `spans` [start, end) are the values asked for, with `depths`;
+    the questions begin at `context`, before which `facts` of their form are told."""
 
     ids: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     spans: list[tuple[int, int]] = field(default_factory=list)
     depths: list[float] = field(default_factory=list)
+    context: int = 0
+    facts: int = 0
 
     def add(self, ids: Sequence[int], weight: float = 0.0) -> None:
         self.ids += ids
@@ -197,7 +200,7 @@ class Recall:
         shift = len(row.ids)
         row.add(tail.ids)
         row.spans = [(start + shift, end + shift) for start, end in tail.spans]
-        row.depths = tail.depths
+        row.depths, row.context, row.facts = tail.depths, shift, len(pairs)
         return row
 
     def plain(self, rng: random.Random, length: int, most: int) -> Row:
@@ -225,6 +228,7 @@ class Recall:
         pairs, row = self.pairs(rng, count, (2, 2), (2, 2), self.whole), Row()
         for key, value in pairs:
             row.add(form[0] + key + form[1] + value + form[2])
+        row.context, row.facts = len(row.ids), count
         row.add(self.breaks[0])
         depths = [(i + 0.5) / questions for i in range(questions)]
         for depth in rng.sample(depths, questions):

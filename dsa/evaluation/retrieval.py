@@ -1,20 +1,18 @@
-"""Questions for a value that stands in the context, and how well a model gives it.
+"""Questions for values that stand in the context, and how well a model gives them.
 
-Key-value retrieval: a JSON object of random keys and values, and the question what one key's value is.
-
-The form is that of "Lost in the Middle" (Liu et al. 2023, section 3.1). Nothing but looking the key up helps, the
-length is free, and the place of the pair is known: depth 0 is the start of the context, 1 its end.
+`exact` scores the rows of dsa/data/recall.py, many questions in one forward pass. `question` makes a row of key-value
+retrieval in the form of "Lost in the Middle" (Liu et al. 2023, section 3.1), one question a row, which `score` takes.
+Depth 0 is the start of the context, 1 its end.
 """
 
 import json
-import random
-import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
+from dsa.data.recall import Row
 from dsa.data.rows import encode, render
 from dsa.evaluation.predictions import answer_spans
 from dsa.modeling import Qwen2DSAForCausalLM
@@ -29,6 +27,23 @@ class Question:
     ids: list[int]
     span: tuple[int, int]
     depth: float
+
+
+@torch.no_grad()
+def exact(model: PreTrainedModel, row: Row, start: int = 0) -> list[bool]:
+    """Of each value that a row asks for, whether all of its tokens are the first choice, given the true ones before.
+
+    Args:
+        start: tokens to leave out at the beginning; `row.context` leaves the questions alone, which gives the floor of
+            who does not see the context.
+    """
+    ids = torch.tensor([row.ids[start:]], device=model.device)
+    at = torch.tensor([i - start for span in row.spans for i in range(*span)], device=model.device)
+    # On a GPU in bfloat16: in float32 PyTorch's dense attention with grouped queries holds all scores, 60 GB at 32K
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+        hidden = model.model(ids, use_cache=False).last_hidden_state[0, at - 1]
+        right = (model.lm_head(hidden).argmax(-1) == ids[0, at]).cpu()  # of all values' tokens, one behind the other
+    return [bool(part.all()) for part in right.split([end - start for start, end in row.spans])]
 
 
 def conversation(records: list[tuple[str, str]], key: str, value: str) -> list[dict]:
@@ -46,33 +61,6 @@ def question(tokenizer, records: list[tuple[str, str]], depth: float) -> Questio
     (example,) = encode(tokenizer, [render(tokenizer, conversation(records, key, value))])
     ((start, end),) = answer_spans(example["labels"])
     return Question(example["input_ids"], (start, end - 1), depth)  # without the end of turn
-
-
-def questions(tokenizer, length: int, depths: int, rows: int, seed: int) -> list[Question]:
-    """`rows` rows for each of `depths` places, of at most `length` tokens and nearly as many.
-
-    Raises ValueError where not even `depths` pairs fit.
-    """
-    rng = random.Random(f"{seed}-{length}")
-
-    def pairs(count: int) -> list[tuple[str, str]]:
-        return [tuple(str(uuid.UUID(int=rng.getrandbits(128), version=4)) for _ in range(2)) for _ in range(count)]
-
-    found = []
-    for _ in range(rows):
-        records = pairs(max(depths, length // 20))  # a pair has more than 20 tokens with any tokenizer
-        empty, whole = (len(question(tokenizer, records[:n], 0).ids) for n in (1, len(records)))
-        count = int((length - empty) / (whole - empty) * (len(records) - 1)) + 1
-        for place in range(depths):
-            while count >= depths:
-                item = question(tokenizer, records[:count], place / max(1, depths - 1))
-                if len(item.ids) <= length:
-                    break
-                count -= 1
-            else:
-                raise ValueError(f"retrieval: {depths} pairs do not fit into {length} tokens")
-            found.append(item)
-    return found
 
 
 def common(a: list[int], b: list[int]) -> int:
