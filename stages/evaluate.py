@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from dsa import Qwen2DSAForCausalLM
 from dsa.data.recall import Recall, Row
 from dsa.data.rows import END_OF_TURN, IGNORE, examples
+from dsa.evaluation.exact import exact
 from dsa.evaluation.predictions import (
     Heatmap,
     RowPredictions,
@@ -30,7 +31,6 @@ from dsa.evaluation.predictions import (
     observe_dense,
     predict,
 )
-from dsa.evaluation.retrieval import exact
 from stages import arms, params
 from stages.common import measured
 from stages.files import read_rows, write_json

@@ -74,9 +74,16 @@ class Model(Section):
 
 
 class Phase(Section):
+    """Steps of rows of one length."""
+
     length: Positive
+    rows: Positive
     steps: Positive
-    lookup_share: Annotated[float, Field(ge=0, le=1)]
+    mix: str  # one of the mixes
+    learning_rate: Rate  # of Muon at its beginning; it goes to the next phase's
+    far: Natural = 0  # positions that a row spans at most by jumps
+    gaps: Annotated[float, Field(ge=0, le=1)] = 0.0  # the share of rows that jump
+    most: Positive = 10**9  # keys of a row
 
 
 class Pretrain(Section):
@@ -88,9 +95,9 @@ class Pretrain(Section):
     num_key_value_heads: Positive
     head_dim: Positive
     rope_theta: Annotated[float, Field(gt=0)]
-    learning_rate: Rate
-    batch_tokens: Positive
+    mixes: dict[str, dict[str, Annotated[float, Field(ge=0, le=1)]]]  # how often each kind of row
     phases: list[Phase]
+    last_learning_rate: Rate
 
 
 class Data(Section):
@@ -162,6 +169,16 @@ class Benchmark(Section):
     repeats: Positive
 
 
+class Speed(Section):
+    """Of the trained model, end to end; lengths in tokens."""
+
+    prefill: list[Positive]
+    decoding: list[Positive]  # tokens in the cache
+    training: list[Positive]
+    generated: Positive  # tokens of a call of generate
+    repeats: Positive
+
+
 class Harness(Section):
     tasks: list[str]  # of lm-evaluation-harness, or paths of tasks' YAMLs; none: the stage does nothing
     limit: Positive | None  # documents a task
@@ -194,6 +211,7 @@ class Params(Section):
     evaluate: Evaluate
     harness: Harness
     benchmark: Benchmark
+    speed: Speed
 
 
 class ParamsError(SystemExit):

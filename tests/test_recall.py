@@ -1,6 +1,7 @@
 """Rows that need what came before, and the pre-training on them: what a target promises must stand in the row."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from dsa.data.corpus import SourceFile
 from dsa.data.import_order import in_import_order
 from dsa.data.recall import Recall, positions
-from stages.pretrain_long import Phase, Steps, induction
+from dsa.training.induction import induction
+from stages.params import Phase
+from stages.pretrain import Steps
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +87,13 @@ def test_jumps_keep_order_and_reach_no_further_than_asked():
 
 def test_a_step_is_made_from_its_number_alone(recall):
     """Else a run that goes on from a checkpoint would see other rows."""
-    phases = [Phase(64, 2, 3, {"stream": 1.0}, 1e-2), Phase(128, 1, 2, {"copy": 0.5, "text": 0.5}, 1e-3, 500, 1.0)]
-    steps, again = Steps(recall, None, phases, 0), Steps(recall, None, phases, 0)
+    phases = [
+        Phase(length=64, rows=2, steps=3, mix="first", learning_rate=1e-2),
+        Phase(length=128, rows=1, steps=2, mix="second", learning_rate=1e-3, far=500, gaps=1.0),
+    ]
+    mixes = {"first": {"stream": 1.0}, "second": {"copy": 0.5, "text": 0.5}}
+    cfg = SimpleNamespace(phases=phases, mixes=mixes, last_learning_rate=5e-5)
+    steps, again = Steps(recall, None, cfg, 0), Steps(recall, None, cfg, 0)
     assert len(steps) == 5
     whole = [steps[i] for i in range(5)]
     assert torch.equal(again[4]["input_ids"], whole[4]["input_ids"])

@@ -10,8 +10,9 @@ from transformers import AutoTokenizer
 
 from dsa import from_dense
 from dsa.data.recall import Recall
+from dsa.evaluation.exact import exact
 from dsa.evaluation.predictions import correct, predict
-from dsa.evaluation.retrieval import exact, question, score
+from dsa.evaluation.retrieval import question, score
 from tests.conftest import ROOT, SHARED
 
 NEEDLE = SHARED / "data/needle/kv-retrieval-75_keys.rows0-332.jsonl.gz"

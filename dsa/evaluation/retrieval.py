@@ -1,8 +1,7 @@
-"""Questions for values that stand in the context, and how well a model gives them.
+"""Questions for a value that stands in the context, one a row, and how well a model gives it.
 
-`exact` scores the rows of dsa/data/recall.py, many questions in one forward pass. `question` makes a row of key-value
-retrieval in the form of "Lost in the Middle" (Liu et al. 2023, section 3.1), one question a row, which `score` takes.
-Depth 0 is the start of the context, 1 its end.
+Key-value retrieval in the form of "Lost in the Middle" (Liu et al. 2023, section 3.1): a JSON object of keys and
+values, and the question what one key's value is. Depth 0 is the start of the context, 1 its end.
 """
 
 import json
@@ -10,9 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
-from dsa.data.recall import Row
 from dsa.data.rows import encode, render
 from dsa.evaluation.predictions import answer_spans
 from dsa.modeling import Qwen2DSAForCausalLM
@@ -27,23 +25,6 @@ class Question:
     ids: list[int]
     span: tuple[int, int]
     depth: float
-
-
-@torch.no_grad()
-def exact(model: PreTrainedModel, row: Row, start: int = 0) -> list[bool]:
-    """Of each value that a row asks for, whether all of its tokens are the first choice, given the true ones before.
-
-    Args:
-        start: tokens to leave out at the beginning; `row.context` leaves the questions alone, which gives the floor of
-            who does not see the context.
-    """
-    ids = torch.tensor([row.ids[start:]], device=model.device)
-    at = torch.tensor([i - start for span in row.spans for i in range(*span)], device=model.device)
-    # On a GPU in bfloat16: in float32 PyTorch's dense attention with grouped queries holds all scores, 60 GB at 32K
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-        hidden = model.model(ids, use_cache=False).last_hidden_state[0, at - 1]
-        right = (model.lm_head(hidden).argmax(-1) == ids[0, at]).cpu()  # of all values' tokens, one behind the other
-    return [bool(part.all()) for part in right.split([end - start for start, end in row.spans])]
 
 
 def conversation(records: list[tuple[str, str]], key: str, value: str) -> list[dict]:

@@ -1,0 +1,168 @@
+"""Stage `speed`: what the trained model costs, end to end, on held-out text: one set of weights, three ways to attend.
+
+Prefill, decoding through transformers' `generate`, and a training step, each under dense attention, with DSA and with a
+recency window. Dense attention is causal SDPA over the whole row, without an indexer. All arms of a measurement take
+turns. Lengths beyond the trained one say what a token costs there and nothing of its quality.
+"""
+
+import ctypes
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer, DynamicCache
+
+from dsa import Qwen2DSAForCausalLM
+from dsa.data.rows import examples
+from dsa.evaluation.predictions import changed
+from dsa.machine import supports_bf16
+from stages import arms, params
+from stages.common import measured
+from stages.cost import in_turn
+from stages.files import read_rows, write_json
+
+MODEL = Path("models/dsa")
+Settings = dict[str, dict]  # of an arm: what changes in the model's config
+
+
+def settings(topks: list[int], length: int) -> Settings:
+    """`dense`, and `dsa_<k>` and `window_<k>` for each k that leaves keys out."""
+    found: Settings = {"dense": {"attention_mode": "dense"}}
+    for arm, selector in (("dsa", "indexer"), ("window", "window")):
+        found |= {f"{arm}_{k}": {**arms.sparse(selector), "index_topk": k} for k in topks if k < length}
+    return found
+
+
+def held_out(rows: list[dict], length: int) -> torch.Tensor:
+    """int64 [1, length]: the rows one behind the other, from the first again where they do not suffice."""
+    ids = [i for row in rows for i in row["input_ids"]]
+    return torch.tensor([(ids * (1 + length // len(ids)))[:length]])
+
+
+def table(times: dict[str, dict[str, float]], length: int, tokens: int) -> dict:
+    """Milliseconds of each arm, tokens a second, and how many times as fast as dense attention it is."""
+    for time in times.values():
+        time["tokens_per_second"] = round(1e3 * tokens / time["ms"], 1)
+    ratio = {arm: round(times["dense"]["ms"] / time["ms"], 3) for arm, time in times.items() if arm != "dense"}
+    return {"length": length, "arms": times, "ratio": ratio}
+
+
+@torch.no_grad()
+def prefill(model: Qwen2DSAForCausalLM, ids: torch.Tensor, found: Settings, repeats: int) -> dict:
+    """The row into a cache, and the last token's logits."""
+
+    def call(arm: str) -> None:
+        with changed(model.config, **found[arm]):
+            model(ids, use_cache=True, logits_to_keep=1)
+
+    length = ids.shape[1]
+    return table(in_turn({arm: lambda arm=arm: call(arm) for arm in found}, repeats), length, length)
+
+
+@torch.no_grad()
+def decoding(model: Qwen2DSAForCausalLM, ids: torch.Tensor, found: Settings, repeats: int, tokens: int) -> dict:
+    """So many tokens by `generate`, behind the row in the cache."""
+    caches, length = {}, ids.shape[1] - 1
+    for arm, changes in found.items():
+        caches[arm] = DynamicCache(config=model.config)
+        with changed(model.config, **changes):
+            model(ids[:, :-1], past_key_values=caches[arm], use_cache=True, logits_to_keep=1)
+    mask = torch.ones_like(ids)
+
+    def call(arm: str) -> None:
+        cache = caches[arm]
+        if extra := cache.get_seq_length() - length:
+            cache.crop(-extra)
+        with changed(model.config, **found[arm]):
+            model.generate(
+                ids, attention_mask=mask, past_key_values=cache, max_new_tokens=tokens, do_sample=False, eos_token_id=-1
+            )
+
+    times = in_turn({arm: lambda arm=arm: call(arm) for arm in found}, repeats)
+    return table(times, length, tokens) | {"cache_bytes": {arm: size(cache) for arm, cache in caches.items()}}
+
+
+def size(cache: DynamicCache) -> int:
+    """Bytes of all tensors that a cache holds."""
+    tensors = [x for layer in cache.layers for x in vars(layer).values() if isinstance(x, torch.Tensor)]
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def training(model: Qwen2DSAForCausalLM, ids: torch.Tensor, found: Settings, repeats: int, bf16: bool) -> dict:
+    """Forward and backward of a row, as the stages train: DSA with the indexer's loss, the others without."""
+    peaks: dict[str, float] = {}
+
+    def call(arm: str) -> None:
+        dsa = arm.startswith("dsa")
+        reset_peak()
+        with changed(model.config, **found[arm]), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            out = model(ids, labels=ids, use_cache=False, output_indexer_kl=dsa)
+        (out.loss + out.indexer_kl.sum() if dsa else out.loss).backward()
+        model.zero_grad(set_to_none=True)
+        if (gigabytes := peak()) is not None:
+            peaks[arm] = gigabytes
+
+    length = ids.shape[1]
+    return table(in_turn({arm: lambda arm=arm: call(arm) for arm in found}, repeats), length, length) | {
+        "peak_gb": peaks
+    }
+
+
+def reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # what another arm has given back is not this one's
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def peak() -> float | None:
+    """Gigabytes since `reset_peak`: of the accelerator, or of the process on Linux."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    if sys.platform != "linux":
+        return None
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return round(int(status.split("VmHWM:")[1].split()[0]) / 2**20, 2)
+
+
+def measure(model: Qwen2DSAForCausalLM, text: Callable[[int], torch.Tensor], p: params.Params, bf16: bool) -> dict:
+    """Tables by name, one row a length; at the trained length for every k of the sweep, else for the experiment's."""
+    options, trained = p.speed, p.data.max_length
+    every = sorted({p.topk, *p.evaluate.topk_sweep})
+    lengths = {"prefill": options.prefill, "decoding": options.decoding, "training": options.training}
+    bar = tqdm(total=sum(map(len, lengths.values())))
+    found: dict[str, list[dict]] = {name: [] for name in lengths}
+    for name in lengths:
+        for length in lengths[name]:
+            bar.set_description(f"{name} at {length}")
+            few = settings(every if name == "prefill" and length == trained else [p.topk], length)
+            if name == "prefill":
+                row = prefill(model.eval(), text(length), few, options.repeats)
+            elif name == "decoding":
+                row = decoding(model.eval(), text(length + 1), few, options.repeats, options.generated)
+            else:
+                row = training(model.train(), text(length), few, options.repeats, bf16)
+            found[name].append(row)
+            bar.update()
+    return found
+
+
+def main() -> None:
+    p = params.load("speed")
+    metrics: dict = {"topk": p.topk, "trained_length": p.data.max_length}
+    with measured(metrics):
+        tokenizer = AutoTokenizer.from_pretrained(MODEL)
+        model = Qwen2DSAForCausalLM.from_pretrained(MODEL, dtype="float32", index_topk=p.topk)
+        if torch.cuda.is_available():
+            model.cuda()
+        rows = examples(tokenizer, read_rows(Path("data/long/test.jsonl.gz")), p.data.max_length)
+        metrics["tables"] = measure(model, lambda length: held_out(rows, length).to(model.device), p, supports_bf16())
+        metrics["precision"] = {"training": "bfloat16 autocast" if supports_bf16() else "float32", "others": "float32"}
+    write_json(Path("reports/benchmark/speed.json"), metrics)
+
+
+if __name__ == "__main__":
+    main()
