@@ -90,7 +90,8 @@ def loss_by_position(nll: dict[str, np.ndarray], positions, rows, topk: int, pat
 def quality_by_topk(sweep: pd.DataFrame, dense: dict, window_trained: dict, topk: int, path: Path) -> None:
     """DSA at other k than it was trained with, without retraining; all on the same rows."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    left.errorbar(sweep["topk"], sweep["gap"], sweep["gap_se"], color=COLORS["dsa"], marker="o", label=LABELS["dsa"])
+    errors = sweep["gap_se"].astype(float)
+    left.errorbar(sweep["topk"], sweep["gap"], errors, color=COLORS["dsa"], marker="o", label=LABELS["dsa"])
     left.axhline(0, color=COLORS["dense"], linewidth=1, label=LABELS["dense"])
     left.plot([topk], [window_trained["gap"]], "s", color=COLORS["window_trained"], label=LABELS["window_trained"])
     left.set_ylabel("answer loss minus dense (nats per token)")
@@ -127,7 +128,7 @@ def mass_by_layer(selections: dict[str, dict], topk: int, path: Path) -> None:
 
 
 def training_curves(curves: dict[str, pd.DataFrame], path: Path) -> None:
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4))
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 4))
     for arm in TRAINED:
         curve = curves[ARMS[arm].trained_by]
         left.plot(curve["step"], curve["lm_loss"], color=COLORS[arm], alpha=0.2)
@@ -144,7 +145,7 @@ def training_curves(curves: dict[str, pd.DataFrame], path: Path) -> None:
     middle.set_ylabel("indexer KL (nats, mean of layers)")
     middle.set_yscale("log")
     plain_log(middle.yaxis)
-    middle.legend()
+    middle.legend(loc="upper right", fontsize=8)
     names = {c for stage in ("warmup", "sparse") for c in curves[stage] if c.startswith("mass_layer_")}
     layers = sorted(int(name.removeprefix("mass_layer_")) for name in names)
     for i in layers:
@@ -212,7 +213,7 @@ def retrieval_by_distance(
 
 
 def heatmap(wanted: np.ndarray, offered: np.ndarray, layer: int, path: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     first = wanted.shape[1] - wanted.shape[0]
     titles = (
         f"what attention wanted (layer {layer}, mean of heads)",
@@ -239,6 +240,7 @@ KINDS = {  # of stages/benchmark.py's tables
     "model_prefill": "prefill, small model",
     "model_train": "forward and backward, small model",
     "model_decode": "a decoded token, small model",
+    "model_generate": "a decoded token through generate, small model",
 }
 
 
@@ -272,7 +274,7 @@ def dense_over_dsa(cost: dict, path: Path) -> None:
 
 
 def preference(curves: dict[str, pd.DataFrame], results: dict, path: Path) -> None:
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), width_ratios=(2, 2, 1.2))
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.8), width_ratios=(2, 2, 1.4))
     for arm, curve in curves.items():
         left.plot(curve["step"], curve["loss"], color=COLORS[arm], marker=".", label=LABELS[arm])
         middle.plot(curve["step"], curve["rewards/margins"], color=COLORS[arm], marker=".", label=LABELS[arm])
@@ -285,7 +287,7 @@ def preference(curves: dict[str, pd.DataFrame], results: dict, path: Path) -> No
     left.legend(loc="lower left")
     middle.legend()
     for place, arm in enumerate(curves):
-        mean, error = results["arms"][arm]["accuracy"]
+        mean, error = np.array(results["arms"][arm]["accuracy"], float)  # the error of a single unit is none
         right.bar(place, 100 * mean, yerr=100 * error, color=COLORS[arm], width=0.6, capsize=4)
     right.axhline(50, color="#999999", linestyle=":")
     right.annotate("chance", (0.5, 50), ha="center", va="bottom", fontsize=8)

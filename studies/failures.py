@@ -24,8 +24,8 @@ from stages import arms
 from stages.common import device_name, git_commit
 from stages.evaluate import is_lookup
 from stages.files import read_rows
-from stages.statistics import Predictions
-from studies.common import interval, plain, write
+from stages.statistics import Predictions, plain
+from studies.common import interval, write
 from studies.failures_report import write_report
 from studies.probes import MissedKeys, QueryStatistics, losses
 

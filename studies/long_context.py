@@ -33,7 +33,8 @@ from stages import params
 from stages.arms import ARMS, model_of
 from stages.common import device_name, git_commit
 from stages.files import read_rows
-from studies.common import interval, plain, write
+from stages.statistics import plain
+from studies.common import interval, write
 from studies.long_context_report import write_report
 
 OUT = Path("reports/long_context.json")
