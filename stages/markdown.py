@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 # In a paragraph or in a cell of a table; an underscore within a word is none
@@ -82,8 +82,8 @@ FILTERS = {
 }
 
 
-def page(template: Path, context: dict, **filters: Callable) -> str:
-    """A template's text; a name that is missing in the context is an error."""
+def load(template: Path, **filters: Callable) -> Template:
+    """A template; a name that is missing in its context is an error."""
     environment = Environment(
         loader=FileSystemLoader(template.parent),
         undefined=StrictUndefined,
@@ -94,4 +94,9 @@ def page(template: Path, context: dict, **filters: Callable) -> str:
     )
     environment.filters |= FILTERS | filters
     environment.globals["zip"] = zip
-    return environment.get_template(template.name).render(context)
+    return environment.get_template(template.name)
+
+
+def page(template: Path, context: dict, **filters: Callable) -> str:
+    """A template's text."""
+    return load(template, **filters).render(context)
