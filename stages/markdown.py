@@ -52,8 +52,8 @@ NBSP = "\u00a0"  # a number, its error and its unit stay on one line
 
 
 def number(x: float | None, digits: int = 4, sign: bool = False, times: float = 1) -> Markup:
-    """A dash where there is none."""
-    return Markup("–" if x is None else f"{round(times * x, digits) + 0.0:{'+' if sign else ''},.{digits}f}")
+    """A dash where there is none, None or NaN."""
+    return Markup("–" if x is None or x != x else f"{round(times * x, digits) + 0.0:{'+' if sign else ''},.{digits}f}")
 
 
 def with_error(pair: Sequence[float | None], digits: int = 4, sign: bool = True, times: float = 1) -> Markup:
