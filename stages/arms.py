@@ -67,8 +67,7 @@ ARMS = {
 PAIR = ("dense", "dsa")  # the two that are compared throughout: by `compare`, `dpo`, `harness` and side by side
 RETRIEVING = ("dense", "dsa", "dsa_oracle", "window_trained")  # are asked for pairs and needles
 TRAINED = tuple(name for name, arm in ARMS.items() if arm.trained_by)
-UNRETRIEVING = ("dense", "dsa", "dsa_oracle", "window_trained")  # are asked for pairs and needles
-TRAINED = tuple(name for name, arm in ARMS.items() if arm.group == "warmup")
+UNTRAINED = tuple(name for name, arm in ARMS.items() if arm.group == "warmup")
 LABELS = {name: arm.label for name, arm in ARMS.items()}
 COLORS = {name: arm.color for name, arm in ARMS.items() if arm.color}
 

@@ -12,7 +12,7 @@ import numpy as np
 from stages import params
 from stages.arms import PAIR
 from stages.files import write_json
-from stages.statistics import Predictions, mean_with_error
+from stages.statistics import Predictions, mean_with_error, plain
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
         },
     }
     metrics = {name: round(x, 5) if isinstance(x, float) else x for name, x in metrics.items()}
-    write_json(Path("reports/compare.json"), metrics)
+    write_json(Path("reports/compare.json"), plain(metrics))
 
 
 if __name__ == "__main__":

@@ -87,24 +87,39 @@ def loss_by_position(nll: dict[str, np.ndarray], positions, rows, topk: int, pat
     save(figure, path)
 
 
-def quality_by_topk(sweep: pd.DataFrame, dense: dict, window_trained: dict, topk: int, path: Path) -> None:
-    """DSA at other k than it was trained with, without retraining; all on the same rows."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    left.errorbar(sweep["topk"], sweep["gap"], sweep["gap_se"], color=COLORS["dsa"], marker="o", label=LABELS["dsa"])
-    left.axhline(0, color=COLORS["dense"], linewidth=1, label=LABELS["dense"])
-    left.plot([topk], [window_trained["gap"]], "s", color=COLORS["window_trained"], label=LABELS["window_trained"])
-    left.set_ylabel("answer loss minus dense (nats per token)")
-    right.plot(sweep["topk"], 100 * sweep["retrieval_tokens"], color=COLORS["dsa"], marker="o")
-    right.axhline(100 * dense["retrieval_tokens"], color=COLORS["dense"], linewidth=1)
-    right.plot([topk], [100 * window_trained["retrieval_tokens"]], "s", color=COLORS["window_trained"])
-    right.set_ylabel("tokens of look-ups right (%)")
-    for axis in (left, right):
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(sweep["topk"], [str(k) for k in sweep["topk"]])
-        axis.set_xlabel("k, keys per query at inference")
-        axis.axvline(topk, color="#999999", linestyle=":")
-    left.legend()
-    figure.suptitle(f"How few keys are enough (trained at k = {topk} alone; bars: ± one standard error over rows)")
+def payoff(budgets: pd.DataFrame, topk: int, length: int, path: Path) -> None:
+    """Quality against cost of one set of weights: dense attention, DSA and a window at several k. Left exact answers,
+    right the loss; across, the time of a token in prefill, or k where no time was measured."""
+    timed, asks = budgets["ms"].notna().all(), "pairs" in budgets
+    panels = ["pairs", "gap"] if asks else ["gap"]
+    budgets = budgets.assign(gap=[gap[0] for gap in budgets["gap"]], se=[gap[1] for gap in budgets["gap"]])
+    across = 1e3 * budgets["ms"] if timed else budgets["topk"].fillna(length)
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.7 * len(panels), 4.4), squeeze=False)
+    looks = {"dense": ("dense", "D"), "dsa": ("dsa", "o"), "window": ("window_trained", "s")}
+    labels = {"dense": "dense attention", "dsa": "DSA", "window": "recency window"}
+    for axis, what in zip(axes[0], panels, strict=True):
+        for arm, (color, marker) in looks.items():
+            rows = budgets[budgets["arm"] == arm]
+            x, y = across[rows.index], rows[what] * (100 if what == "pairs" else 1)
+            axis.plot(
+                x, y, color=COLORS[color], marker=marker, label=labels[arm], linestyle="-" if arm != "dense" else ""
+            )
+            for place, k, height in zip(x, rows["topk"], y, strict=True):
+                name = "all keys" if arm == "dense" else f"k={k:.0f}" if k == topk else f"{k:.0f}"
+                weight = "bold" if k == topk else "normal"
+                axis.annotate(name, (place, height), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8,
+                              color=COLORS[color], weight=weight)  # fmt: skip
+        if not timed:
+            axis.set_xscale("log", base=2)
+        axis.set_xlabel(f"prefill, microseconds a token at {length:,} tokens" if timed else "k, keys per query")
+        axis.margins(y=0.12)
+    if asks:
+        axes[0, 0].set_ylabel("key-value pairs found exactly (%)")
+        axes[0, 0].set_ylim(-6, 112)
+    axes[0, -1].axhline(0, color=COLORS["dense"], linewidth=0.8)
+    axes[0, -1].set_ylabel("answer loss minus dense (nats per token)")
+    axes[0, 0].legend(loc="center right")
+    figure.suptitle(f"One set of weights, trained with k = {topk}: what attention to fewer keys saves and costs")
     save(figure, path)
 
 
@@ -127,7 +142,7 @@ def mass_by_layer(selections: dict[str, dict], topk: int, path: Path) -> None:
 
 
 def training_curves(curves: dict[str, pd.DataFrame], path: Path) -> None:
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4))
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 4))
     for arm in TRAINED:
         curve = curves[ARMS[arm].trained_by]
         left.plot(curve["step"], curve["lm_loss"], color=COLORS[arm], alpha=0.2)
@@ -144,7 +159,7 @@ def training_curves(curves: dict[str, pd.DataFrame], path: Path) -> None:
     middle.set_ylabel("indexer KL (nats, mean of layers)")
     middle.set_yscale("log")
     plain_log(middle.yaxis)
-    middle.legend()
+    middle.legend(loc="upper right", fontsize=8)
     names = {c for stage in ("warmup", "sparse") for c in curves[stage] if c.startswith("mass_layer_")}
     layers = sorted(int(name.removeprefix("mass_layer_")) for name in names)
     for i in layers:
@@ -212,7 +227,7 @@ def retrieval_by_distance(
 
 
 def heatmap(wanted: np.ndarray, offered: np.ndarray, layer: int, path: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     first = wanted.shape[1] - wanted.shape[0]
     titles = (
         f"what attention wanted (layer {layer}, mean of heads)",
@@ -239,6 +254,7 @@ KINDS = {  # of stages/benchmark.py's tables
     "model_prefill": "prefill, small model",
     "model_train": "forward and backward, small model",
     "model_decode": "a decoded token, small model",
+    "model_generate": "a decoded token through generate, small model",
 }
 
 
@@ -272,7 +288,7 @@ def dense_over_dsa(cost: dict, path: Path) -> None:
 
 
 def preference(curves: dict[str, pd.DataFrame], results: dict, path: Path) -> None:
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), width_ratios=(2, 2, 1.2))
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.8), width_ratios=(2, 2, 1.4))
     for arm, curve in curves.items():
         left.plot(curve["step"], curve["loss"], color=COLORS[arm], marker=".", label=LABELS[arm])
         middle.plot(curve["step"], curve["rewards/margins"], color=COLORS[arm], marker=".", label=LABELS[arm])
@@ -285,7 +301,7 @@ def preference(curves: dict[str, pd.DataFrame], results: dict, path: Path) -> No
     left.legend(loc="lower left")
     middle.legend()
     for place, arm in enumerate(curves):
-        mean, error = results["arms"][arm]["accuracy"]
+        mean, error = np.array(results["arms"][arm]["accuracy"], float)  # the error of a single unit is none
         right.bar(place, 100 * mean, yerr=100 * error, color=COLORS[arm], width=0.6, capsize=4)
     right.axhline(50, color="#999999", linestyle=":")
     right.annotate("chance", (0.5, 50), ha="center", va="bottom", fontsize=8)
@@ -295,19 +311,23 @@ def preference(curves: dict[str, pd.DataFrame], results: dict, path: Path) -> No
 
 
 def retrieval(grids: dict[str, list[dict]], path: Path) -> None:
-    """A heat map an arm: tokens of the value that are right, by length and depth."""
-    figure, axes = plt.subplots(1, len(grids), figsize=(4.2 * len(grids), 3.4), sharey=True)
-    for axis, (arm, cells) in zip(axes, grids.items(), strict=True):
-        table = pd.DataFrame(cells).pivot(index="depth", columns="length", values="tokens")
-        image = axis.imshow(100 * table, cmap="viridis", vmin=0, vmax=100, aspect="auto")
-        for y, row in enumerate(table.to_numpy()):
-            for x, value in enumerate(row):
+    """A heat map an arm and test: values found exactly, by length and by fifths of the depth."""
+    tests = list(dict.fromkeys(cell["test"] for cells in grids.values() for cell in cells))
+    figure, axes = plt.subplots(
+        len(tests), len(grids), figsize=(3.1 * len(grids), 2.9 * len(tests)), sharex=True, sharey=True, squeeze=False
+    )
+    for line_of_axes, test in zip(axes, tests, strict=True):
+        for axis, (arm, cells) in zip(line_of_axes, grids.items(), strict=True):
+            table = pd.DataFrame({cell["length"]: cell["by_depth"] for cell in cells if cell["test"] == test})
+            image = axis.imshow(100 * table, cmap="viridis", vmin=0, vmax=100, aspect="auto")
+            for (y, x), value in np.ndenumerate(table.to_numpy()):
                 axis.text(x, y, f"{100 * value:.0f}", ha="center", va="center", color="w" if value < 0.6 else "k")
-        axis.set_xticks(range(len(table.columns)), table.columns)
-        axis.set_yticks(range(len(table.index)), [f"{100 * depth:.0f} %" for depth in table.index])
-        axis.set_title(LABELS[arm])
-        axis.set_xlabel("context (tokens)")
-        axis.grid(False)
-    axes[0].set_ylabel("depth of the pair (0 %: the start)")
-    figure.colorbar(image, ax=axes, label="value's tokens right (%)", fraction=0.03)
+            axis.set_xticks(range(len(table.columns)), [f"{length:,}" for length in table.columns])
+            axis.set_yticks(range(5), ["first fifth", "2nd", "3rd", "4th", "last fifth"])
+            axis.set_title(f"{LABELS[arm]}\n{test}" if axis in axes[0] else test, fontsize=10)
+            axis.grid(False)
+        line_of_axes[0].set_ylabel("where it stands")
+    for axis in axes[-1]:
+        axis.set_xlabel("tokens of the row")
+    figure.colorbar(image, ax=axes, label="found exactly (%)", fraction=0.03)
     save(figure, path)

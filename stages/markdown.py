@@ -5,10 +5,10 @@ template prints is escaped, but for what macros, `code`, `block` and `safe` give
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 # In a paragraph or in a cell of a table; an underscore within a word is none
@@ -48,8 +48,42 @@ def escape(value):
     return Markup(ACTIVE.sub(r"\\\g<0>", visible(value.replace("\n", " "))))
 
 
-def page(template: Path, context: dict, **filters: Callable) -> str:
-    """A template's text; a name that is missing in the context is an error."""
+NBSP = "\u00a0"  # a number, its error and its unit stay on one line
+
+
+def number(x: float | None, digits: int = 4, sign: bool = False, times: float = 1) -> Markup:
+    """A dash where there is none, None or NaN."""
+    return Markup("–" if x is None or x != x else f"{round(times * x, digits) + 0.0:{'+' if sign else ''},.{digits}f}")
+
+
+def with_error(pair: Sequence[float | None], digits: int = 4, sign: bool = True, times: float = 1) -> Markup:
+    """A mean and its standard error: +0.0016 ± 0.0009."""
+    return Markup(f"{number(pair[0], digits, sign, times)}{NBSP}±{NBSP}{number(pair[1], digits, times=times)}")
+
+
+def percent(x: float | Sequence[float | None], digits: int = 1) -> Markup:
+    """A share, or one with its standard error."""
+    text = number(x, digits, times=100) if isinstance(x, (int, float)) else with_error(x, digits, False, 100)
+    return Markup(f"{text}{NBSP}%")
+
+
+def amount(n: int, one: str, many: str | None = None) -> Markup:
+    """1 row, 1,234 rows."""
+    return Markup(f"{n:,}{NBSP}{one if n == 1 else many or one + 's'}")
+
+
+FILTERS = {
+    "code": code,
+    "block": block,
+    "number": number,
+    "with_error": with_error,
+    "percent": percent,
+    "amount": amount,
+}
+
+
+def load(template: Path, **filters: Callable) -> Template:
+    """A template; a name that is missing in its context is an error."""
     environment = Environment(
         loader=FileSystemLoader(template.parent),
         undefined=StrictUndefined,
@@ -58,6 +92,11 @@ def page(template: Path, context: dict, **filters: Callable) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"code": code, "block": block} | filters
+    environment.filters |= FILTERS | filters
     environment.globals["zip"] = zip
-    return environment.get_template(template.name).render(context)
+    return environment.get_template(template.name)
+
+
+def page(template: Path, context: dict, **filters: Callable) -> str:
+    """A template's text."""
+    return load(template, **filters).render(context)

@@ -34,7 +34,6 @@ def summarize(metrics: dict[str, dict], beta: float, predictions: Predictions) -
             "chosen": mean_with_error(s["chosen"], unit),
             "kl": mean_with_error(np.repeat(s["kl"] / s["tokens"], s["tokens"]), np.repeat(unit, s["tokens"])),
             "lm_loss": predictions.gap(f"dpo_{arm}", arm),
-            "generations": metrics[arm]["generations"],
         }
     ours, theirs = measured["dsa"], measured["dense"]
     difference = {n: mean_with_error(ours[n] - theirs[n], unit) for n in ("accuracy", "margin", "after")}

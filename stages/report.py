@@ -1,25 +1,24 @@
 """Stage `report`: all numbers and figures on one page, reports/report.md and a self-contained report.html.
 
-Every number comes from a file under reports/ or data/evaluate/; the template only formats.
+What is computed here from the predictions goes to reports/report.json first. The page is made of that file and of those
+that the other stages wrote, so that every number on it stands in a JSON file under reports/; the template only formats.
 """
 
-import base64
 import json
 import platform
-import re
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
-import markdown_it
 import pandas as pd
 
 from stages import figures, params, preference
-from stages.arms import ARMS, GROUPS, LABELS, PAIR, TRAINED, UNTRAINED
+from stages.arms import ARMS, GROUPS, LABELS, PAIR, RETRIEVING, TRAINED, UNTRAINED
 from stages.common import device_name, git_commit
 from stages.files import write_json
+from stages.html import to_html
 from stages.markdown import page
-from stages.statistics import Predictions
+from stages.statistics import Predictions, plain
 
 REPORTS = Path("reports")
 FIGURES = REPORTS / "figures"
@@ -31,30 +30,56 @@ def read(path: str) -> dict:
     return json.loads((REPORTS / path).read_text(encoding="utf-8"))
 
 
+def read_stages() -> dict:
+    """What the other stages wrote under reports/, and of the embedded base model, None for another base."""
+    model = read("data/model.json")
+    embedded = model["source"] == EMBEDDED
+    return {
+        "evaluations": {name: read(f"evaluate/{name}.json") for name in GROUPS},
+        "dpo": {arm: read(f"dpo/{arm}.json") for arm in PAIR},
+        "train": {name: read(f"train/{name}.json") for name in ("dense", "warmup", "sparse", "window")},
+        "data": {"model": model} | {name: read(f"data/{name}.json") for name in ("download", "filter", "pairs")},
+        "cost": read("benchmark/cost.json"),
+        "speed": read("benchmark/speed.json"),
+        "harness": {arm: read(f"harness/{arm}.json")["tasks"] for arm in PAIR},
+        "base": json.loads(Path(EMBEDDED, "pretrain.json").read_text(encoding="utf-8")) if embedded else None,
+    }
+
+
 def compare(predictions: Predictions, arms: dict, names: tuple[str, ...], reference: str) -> list[dict]:
-    """The rows of a table: each arm against the reference on the same weights or the same budget."""
-    table = []
-    for arm in names:
-        gap, error = predictions.gap(arm, reference)
-        gap_all, error_all = predictions.gap(arm, reference, answers=False)
-        retrieval_gap, retrieval_error = predictions.lookups("right", arm, reference)
-        share_gap, share_error = predictions.lookups("share", arm, reference)
-        table.append(
-            {
-                "arm": arm,
-                **arms[arm],
-                "gap": gap,
-                "gap_se": error,
-                "gap_all": gap_all,
-                "gap_all_se": error_all,
-                "retrieval_gap": retrieval_gap,
-                "retrieval_gap_se": retrieval_error,
-                "share_gap": share_gap,
-                "share_gap_se": share_error,
-                "agreement": predictions.agreement(arm, reference),
-            }
-        )
-    return table
+    """The rows of a table: each arm against the reference on the same weights or the same budget. Differences are
+    pairs, with their standard errors."""
+    return [
+        {
+            "arm": arm,
+            **arms[arm],
+            "gap": predictions.gap(arm, reference),
+            "gap_all": predictions.gap(arm, reference, answers=False),
+            "share_gap": predictions.lookups("share", arm, reference),
+            "agreement": predictions.agreement(arm, reference),
+        }
+        for arm in names
+    ]
+
+
+def exact(arm: dict, cells: list[dict]) -> dict[str, float]:
+    """Shares of what was asked for and found whole: look-ups, and pairs and needles at the longest row."""
+    shares = {"look-ups": arm["retrieval"]} if arm["lookups"] else {}
+    longest = max((cell["length"] for cell in cells), default=0)
+    return shares | {cell["test"]: cell["exact"] for cell in cells if cell["length"] == longest}
+
+
+def budgets(p: params.Params, found: dict, few: Predictions) -> list[dict]:
+    """The DSA model's weights under dense attention, and at each k with the indexer's choice and the latest keys: loss
+    against dense attention on those same weights, exact answers, and the time of a token in prefill, milliseconds."""
+    at = {row["length"]: row["arms"] for row in found["speed"]["tables"]["prefill"]}.get(p.data.max_length, {})
+    rows = []
+    for budget in found["evaluations"]["dsa"]["budgets"]:
+        name = budget["arm"] if budget["topk"] is None else f"{budget['arm']}_k{budget['topk']}"
+        time = at.get(name.replace("_k", "_"))
+        gap = few.gap(f"budget_{name}", "budget_dense")
+        rows.append({**budget, "gap": gap, "ms": time and time["ms"] / p.data.max_length})
+    return rows
 
 
 def checked(p: params.Params, data: dict, base: dict | None, train: dict, dpo: dict) -> dict:
@@ -74,7 +99,8 @@ def checked(p: params.Params, data: dict, base: dict | None, train: dict, dpo: d
     return {
         "base_saw_no_family": known and families <= set(base["held_out_families"]),
         "unit": unit_of_rows,
-        "pair_units": {"file family": "file families"}.get(u := unit(p.preference.split_by, "preference"), f"{u}s"),
+        "pair_unit": (pair_unit := unit(p.preference.split_by, "preference")),
+        "pair_units": {"file family": "file families"}.get(pair_unit, f"{pair_unit}s"),
         "answers": ("right", "wrong") if of_corpus("preference") else ("chosen", "rejected"),
         "same_training": len({(train[n]["rows"], train[n]["tokens"]) for n in ("dense", "sparse", "window")}) == 1,
         "same_pairs": len({(m["pairs"], m["tokens"]) for m in dpo.values()}) == 1,
@@ -90,33 +116,66 @@ def cost_spread(cost: dict) -> tuple[float, float]:
     return median(shares), max(shares)
 
 
-def stages_table(train: dict, dpo: dict, evaluations: dict, others: dict) -> list[dict]:
+def stages_table(found: dict) -> list[dict]:
     """Wall time, memory and speed of each stage, from its own metrics."""
-    rows = [{"stage": name, **m["run"]} for name, m in others.items()]
-    rows += [
-        {"stage": n, **m["run"], "tokens_per_second": m["tokens_per_second"], "tokens": m["tokens"]}
-        for n, m in (train | {f"dpo@{arm}": m for arm, m in dpo.items()}).items()
+    rows = [
+        {"stage": name, **m["run"]}
+        for name, m in (found["data"] | {"benchmark": found["cost"], "speed": found["speed"]}).items()
     ]
-    rows += [{"stage": f"evaluate@{name}", **m["run"]} for name, m in evaluations.items()]
+    trained = found["train"] | {f"dpo@{arm}": m for arm, m in found["dpo"].items()}
+    rows += [
+        {"stage": name, **m["run"], "tokens_per_second": m["tokens_per_second"], "tokens": m["tokens"]}
+        for name, m in trained.items()
+    ]
+    rows += [{"stage": f"evaluate@{name}", **m["run"]} for name, m in found["evaluations"].items()]
     return rows
 
 
-def draw(
-    p: params.Params,
-    predictions: Predictions,
-    tables: dict,
-    selections: dict,
-    curves: dict,
-    cost: dict,
-    histogram: dict[str, int],
-    base: dict | None,
-) -> None:
-    """All figures. histogram: rows by tokens. base: the metrics of the embedded base model, None for another base."""
+def measure(p: params.Params, found: dict, predictions: Predictions) -> dict:
+    """reports/report.json: what the predictions say of each arm, and where the page was made."""
+    evaluations = found["evaluations"]
+    arms = {arm: numbers for e in evaluations.values() for arm, numbers in e["arms"].items()}
+    few = predictions.first(p.evaluate.control_rows)
+    retrieval = {arm: evaluations[ARMS[arm].group]["retrieval"][arm] for arm in RETRIEVING}
+    trained = compare(predictions, arms, TRAINED, "dense")
+    return {
+        "trained": [row | {"exact": exact(row, retrieval[row["arm"]])} for row in trained],
+        "untrained": compare(predictions, arms, UNTRAINED, "base"),
+        "budgets": budgets(p, found, few),
+        "control_gap": few.gap("dsa", "dense"),
+        "oracle_gap": few.gap("dsa_oracle", "dense"),
+        "retrieval": retrieval,
+        "floors": evaluations["dense"]["floors"],
+        "preference": preference.summarize(found["dpo"], p.dpo.beta, predictions),
+        "cost_spread": cost_spread(found["cost"]),
+        "run": {
+            "device": device_name(),
+            "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+            "commit": git_commit(),
+        },
+    }
+
+
+def summarize(tables: dict) -> dict:
+    """The few numbers that DVC lists beside each other."""
+    rows = {row["arm"]: row for table in ("trained", "untrained") for row in tables[table]}
+    return {
+        "loss": {arm: round(row["loss"], 4) for arm, row in rows.items()},
+        "gap": {arm: round(row["gap"][0], 4) for arm, row in rows.items()},
+        "retrieval": {arm: round(row["retrieval"], 4) for arm, row in rows.items()},
+        "retrieval_tokens": {arm: round(row["retrieval_tokens"], 4) for arm, row in rows.items()},
+        "reward_accuracy": {a: round(n["accuracy"][0], 4) for a, n in tables["preference"]["arms"].items()},
+    }
+
+
+def draw(p: params.Params, found: dict, tables: dict, predictions: Predictions) -> None:
+    """All figures."""
     arms = {arm: predictions.nll(arm) for arm in TRAINED}
     figures.loss_by_position(arms, predictions.positions, predictions.rows, p.topk, FIGURES / "loss_by_position.png")
-    sweep = pd.DataFrame(tables["sweep"])
-    figures.quality_by_topk(sweep, **tables["sweep_reference"], topk=p.topk, path=FIGURES / "quality_by_topk.png")
+    figures.payoff(pd.DataFrame(tables["budgets"]), p.topk, p.data.max_length, FIGURES / "payoff.png")
+    selections = {arm: found["evaluations"][arm]["selection"] for arm in ("warmup", "dsa")}
     figures.mass_by_layer(selections, p.topk, FIGURES / "mass_by_layer.png")
+    curves = {name: pd.read_csv(REPORTS / f"train/{name}.csv") for name in found["train"]}
     figures.training_curves(curves, FIGURES / "training_curves.png")
     if len(distance := predictions.arrays["lookup_distance"]):
         shares = {arm: predictions.arrays[f"share_{arm}"] for arm in TRAINED}
@@ -124,100 +183,49 @@ def draw(
         figures.retrieval_by_distance(distance, rows_of, shares, p.topk, FIGURES / "retrieval_by_distance.png")
     maps = (predictions.arrays["heatmap_wanted"], predictions.arrays["heatmap_offered"])
     figures.heatmap(*maps, int(predictions.arrays["heatmap_layer"]), FIGURES / "heatmap.png")
-    if base:
+    if found["base"]:
         curve = pd.read_csv(f"{EMBEDDED}/pretrain.csv")
-        figures.base_curve(curve, base["held_out_loss"], FIGURES / "base_curve.png")
+        figures.base_curve(curve, found["base"]["held_out_loss"], FIGURES / "base_curve.png")
     dpo = {arm: pd.read_csv(REPORTS / f"dpo/{arm}.csv") for arm in PAIR}
     figures.preference(dpo, tables["preference"], FIGURES / "preference.png")
+    histogram = found["data"]["filter"]["length_histogram"]
     figures.row_lengths(histogram, p.data.min_tokens, p.data.max_length, FIGURES / "row_lengths.png")
     if p.evaluate.retrieval.lengths:
         figures.retrieval(tables["retrieval"], FIGURES / "retrieval.png")
-    figures.dense_over_dsa(cost, FIGURES / "dense_over_dsa.png")
+    figures.dense_over_dsa(found["cost"], FIGURES / "dense_over_dsa.png")
 
 
-def to_html(markdown: str) -> str:
-    """One file: the rendered text, with every figure inside."""
-    body = markdown_it.MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
-
-    def inline(match: re.Match) -> str:
-        data = base64.b64encode((REPORTS / match[1]).read_bytes()).decode()
-        return f'src="data:image/png;base64,{data}"'
-
-    body = re.sub(r'src="(figures/[^"]+)"', inline, body)
-    style = """
-        body { font: 16px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
-        img { max-width: 100% }
-        table { border-collapse: collapse; font-size: .92em }
-        th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: left }
-        pre, code { background: #f6f6f6 }
-        pre { padding: .7rem; overflow-x: auto; white-space: pre-wrap }
-    """
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>DSA report</title><style>{style}</style>'
-    return f"{head}<body>{body}</body></html>\n"
+def write_page(p: params.Params, found: dict, tables: dict) -> None:
+    """report.md and report.html."""
+    generations = (found["evaluations"][arm]["generations"] for arm in PAIR)
+    answers = (found["dpo"][arm]["generations"] for arm in PAIR)
+    context = {
+        **found,
+        **tables,
+        "p": p,
+        "labels": LABELS,
+        "params": params.dump(params.read(Path("params.yaml"))).strip(),
+        "rows": {row["arm"]: row for table in ("trained", "untrained") for row in tables[table]},
+        "checked": checked(p, *(found[name] for name in ("data", "base", "train", "dpo"))),
+        "kinds": figures.KINDS,
+        "stages": stages_table(found),
+        "generations": list(zip(*generations, strict=True)),
+        "answers": list(zip(*answers, strict=True)),
+    }
+    markdown = page(Path(__file__).with_name("report.md.jinja"), context)
+    (REPORTS / "report.md").write_text(markdown, encoding="utf-8")
+    (REPORTS / "report.html").write_text(to_html(markdown, REPORTS), encoding="utf-8")
 
 
 def main() -> None:
     p = params.load("report")
-    evaluations = {name: read(f"evaluate/{name}.json") for name in GROUPS}
-    dpo = {arm: read(f"dpo/{arm}.json") for arm in PAIR}
-    train = {name: read(f"train/{name}.json") for name in ("dense", "warmup", "sparse", "window")}
-    data = {name: read(f"data/{name}.json") for name in ("model", "download", "filter", "pairs")}
-    cost = read("benchmark/cost.json")
-    curves = {name: pd.read_csv(REPORTS / f"train/{name}.csv") for name in train}
-    predictions = Predictions(tuple(GROUPS))
-    arms = {arm: numbers for e in evaluations.values() for arm, numbers in e["arms"].items()}
-    few = predictions.first(p.evaluate.control_rows)
-    sweep = [
-        {"topk": int(k), **numbers, **few.summary("dsa" if int(k) == p.topk else f"k{k}", "dense")}
-        for k, numbers in evaluations["dsa"]["topk_sweep"].items()
-    ]
-    tables = {
-        "trained": compare(predictions, arms, TRAINED, "dense"),
-        "untrained": compare(predictions, arms, UNTRAINED, "base"),
-        "sweep": sweep,
-        "sweep_reference": {arm: few.summary(arm, "dense") for arm in ("dense", "window_trained")},
-        "retrieval": {arm: evaluations[ARMS[arm].group]["retrieval"] for arm in TRAINED},
-        "preference": preference.summarize(dpo, p.dpo.beta, predictions),
-    }
-    selections = {"warmup": evaluations["warmup"]["selection"], "dsa": evaluations["dsa"]["selection"]}
+    found, predictions = read_stages(), Predictions(tuple(GROUPS))
+    write_json(REPORTS / "report.json", plain(measure(p, found, predictions)))
+    tables = read("report.json")
     FIGURES.mkdir(parents=True, exist_ok=True)
-    embedded = data["model"]["source"] == EMBEDDED
-    base = json.loads(Path(EMBEDDED, "pretrain.json").read_text(encoding="utf-8")) if embedded else None
-    draw(p, predictions, tables, selections, curves, cost, data["filter"]["length_histogram"], base)
-    rows = {row["arm"]: row for table in ("trained", "untrained") for row in tables[table]}
-    summary = {
-        "loss": {arm: round(rows[arm]["loss"], 4) for arm in rows},
-        "gap": {arm: round(rows[arm]["gap"], 4) for arm in rows},
-        "retrieval": {arm: round(rows[arm]["retrieval"], 4) for arm in rows},
-        "retrieval_tokens": {arm: round(rows[arm]["retrieval_tokens"], 4) for arm in rows},
-        "reward_accuracy": {a: round(n["accuracy"][0], 4) for a, n in tables["preference"]["arms"].items()},
-    }
-    context = {
-        "p": p,
-        "labels": LABELS,
-        "params": params.dump(params.read(Path("params.yaml"))).strip(),
-        "rows": rows,
-        **tables,
-        "train": train,
-        "checked": checked(p, data, base, train, dpo),
-        "data": data,
-        "base": base,
-        "cost": cost,
-        "cost_spread": cost_spread(cost),
-        "harness": {arm: read(f"harness/{arm}.json")["tasks"] for arm in PAIR},
-        "selections": selections,
-        "generations": list(zip(evaluations["dense"]["generations"], evaluations["dsa"]["generations"], strict=True)),
-        "stages": stages_table(train, dpo, evaluations, data | {"benchmark": cost}),
-        "control_gap": few.gap("dsa", "dense"),
-        "oracle_gap": few.gap("dsa_oracle", "dense"),
-        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
-        "device": device_name(),
-        "commit": git_commit(),
-    }
-    markdown = page(Path(__file__).with_name("report.md.jinja"), context)
-    (REPORTS / "report.md").write_text(markdown, encoding="utf-8")
-    (REPORTS / "report.html").write_text(to_html(markdown), encoding="utf-8")
-    write_json(REPORTS / "summary.json", summary)
+    draw(p, found, tables, predictions)
+    write_page(p, found, tables)
+    write_json(REPORTS / "summary.json", summarize(tables))
 
 
 if __name__ == "__main__":

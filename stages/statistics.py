@@ -7,17 +7,31 @@ import pandas as pd
 
 
 def ratio_with_error(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
-    """Sum over count and its standard error, rows as the independent units, from each row's sum and count."""
+    """Sum over count and its standard error, rows as the independent units, from each row's sum and count.
+
+    The error of a single row is NaN: it tells nothing of others.
+    """
     sums, counts = sums[counts > 0], counts[counts > 0]
     mean, n = sums.sum() / counts.sum(), len(counts)
     residual = sums - mean * counts
-    return float(mean), float(np.sqrt(n / max(1, n - 1) * (residual**2).sum()) / counts.sum())
+    return float(mean), float(np.sqrt(n / (n - 1) * (residual**2).sum()) / counts.sum()) if n > 1 else np.nan
 
 
 def mean_with_error(values: np.ndarray, rows: np.ndarray) -> tuple[float, float]:
     """Mean of per-token values and its standard error with rows, not tokens, as the independent units."""
     frame = pd.DataFrame({"row": rows, "value": values}).groupby("row")["value"].agg(["sum", "count"])
     return ratio_with_error(frame["sum"].to_numpy(), frame["count"].to_numpy())
+
+
+def plain(x):
+    """NumPy's numbers and arrays as JSON has them, to six digits behind the point; what is not a number as None."""
+    if isinstance(x, dict):
+        return {key: plain(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple, np.ndarray)):
+        return [plain(value) for value in x]
+    if isinstance(x, (float, np.floating)):
+        return None if np.isnan(x) else round(float(x), 6)
+    return x.item() if isinstance(x, np.generic) else x
 
 
 def load(path: str) -> dict[str, np.ndarray]:

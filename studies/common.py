@@ -38,17 +38,6 @@ def interval(values: np.ndarray, units: np.ndarray) -> dict:
     }
 
 
-def plain(x):
-    """NumPy's numbers and arrays as Python's, to six digits behind the point; what is not a number as None."""
-    if isinstance(x, dict):
-        return {key: plain(value) for key, value in x.items()}
-    if isinstance(x, (list, tuple, np.ndarray)):
-        return [plain(value) for value in x]
-    if isinstance(x, (float, np.floating)):
-        return None if np.isnan(x) else round(float(x), 6)
-    return x.item() if isinstance(x, np.generic) else x
-
-
 def write(found: dict, path: Path) -> None:
     """JSON with a line for each entry of a section."""
     sections = []

@@ -24,8 +24,9 @@ from stages import arms
 from stages.common import device_name, git_commit
 from stages.evaluate import is_lookup
 from stages.files import read_rows
-from stages.statistics import Predictions
-from studies.common import interval, plain, write
+from stages.lock import model_hashes
+from stages.statistics import Predictions, plain
+from studies.common import interval, write
 from studies.failures_report import write_report
 from studies.probes import MissedKeys, QueryStatistics, losses
 
@@ -252,6 +253,7 @@ def analyse(model_path: Path, rows_file: Path, count: int) -> dict:
         "worst": worst_rows(model, tokenizer, predictions, rows, texts),
     }
     run = {"seconds": time.monotonic() - start, "device": device_name(), "commit": git_commit()}
+    run["models"] = model_hashes([model_path.as_posix()])
     return plain(found | {"run": run})
 
 

@@ -7,6 +7,7 @@ from markupsafe import Markup
 
 from stages.arms import COLORS
 from stages.figures import plt, save
+from stages.lock import made_elsewhere
 from stages.markdown import code
 from studies.common import TOLERANCE, render
 
@@ -139,6 +140,7 @@ def write_report(found: dict, folder: Path) -> None:
     gaps = np.sort(worst["gaps"])
     context = {
         **found,
+        "elsewhere": made_elsewhere(found["run"]),
         "d": d,
         "names": NAMES,
         "titles": TITLES,

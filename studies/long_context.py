@@ -33,7 +33,9 @@ from stages import params
 from stages.arms import ARMS, model_of
 from stages.common import device_name, git_commit
 from stages.files import read_rows
-from studies.common import interval, plain, write
+from stages.lock import model_hashes
+from stages.statistics import plain
+from studies.common import interval, write
 from studies.long_context_report import write_report
 
 OUT = Path("reports/long_context.json")
@@ -288,6 +290,7 @@ def analyse(args: argparse.Namespace) -> dict:
         "device": device_name(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "commit": git_commit(),
+        "models": model_hashes(sorted({model_of(arm) for arm in SHOWN})),
     }
     pages = {name: summary(items, scores[name], trained) for name, items in tasks.items()}
     return plain({"setup": setup, **pages, "extrapolation": extrapolation(losses, families, trained, k), "run": run})

@@ -7,6 +7,7 @@ from matplotlib.ticker import PercentFormatter
 
 from stages.arms import COLORS, LABELS
 from stages.figures import line, plt, save
+from stages.lock import made_elsewhere
 from studies.common import TOLERANCE, render
 
 TITLES = {
@@ -121,6 +122,7 @@ def write_report(found: dict, folder: Path) -> None:
     draw_extrapolation(found["extrapolation"], arms, trained, setup["topk"], folder / "long_context/extrapolation.png")
     context = {
         **found,
+        "elsewhere": made_elsewhere(found["run"]),
         "tasks": {name: found[name] for name in tasks},
         "arms": arms,
         "others": arms[1:],

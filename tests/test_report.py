@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from stages import params, preference, report
+from stages.markdown import NBSP
 from tests.conftest import ROOT
 from tests.test_markdown import HOSTILE, replaced, structure
 
@@ -37,7 +38,7 @@ class SomePredictions:
 
 def summarize(metrics, beta, predictions):
     pair, names = (0.5, 0.01), ("accuracy", "margin", "before", "after", "chosen", "kl", "lm_loss")
-    arms = {arm: dict.fromkeys(names, pair) | {"generations": m["generations"]} for arm, m in metrics.items()}
+    arms = {arm: dict.fromkeys(names, pair) for arm in metrics}
     difference = dict.fromkeys(("accuracy", "margin", "after"), pair)
     counts = {"held_out_pairs": 4, "units": 4, "pairs": 4}
     return {"arms": arms, "difference": difference, "differs": dict.fromkeys(difference, False)} | counts
@@ -146,3 +147,40 @@ def test_answers_are_right_and_wrong_where_they_are_known_to_be(pages):
 def test_exact_answers_are_called_few_where_they_are(pages):
     assert "Exact answers are few" in pages()[0]
     assert "Exact answers are few" not in pages(changed("evaluate/dense", arms__dense__retrieval=0.5))[0]
+
+
+def test_every_number_of_the_page_is_in_a_json_file(pages):
+    """The window's standard error and the share of the same first choice stood on the page alone."""
+    markdown, _ = pages()
+    tables = json.loads(Path("reports/report.json").read_text(encoding="utf-8"))
+    window = next(row for row in tables["trained"] if row["arm"] == "window_trained")
+    assert window["gap"] == [0.1, 0.01] and window["agreement"] == 0.9
+    tables["trained"][-1] |= {"gap": [0.7, None], "agreement": 0.123}
+    p = params.load("report")
+    report.write_page(p, report.read_stages(), tables)
+    edited = Path("reports/report.md").read_text(encoding="utf-8")
+    row = next(line for line in edited.splitlines() if line.startswith("| recency window, trained"))
+    assert f"+0.7000{NBSP}±{NBSP}–" in row and f"12.3{NBSP}%" in row and row not in markdown
+
+
+def test_the_html_page_has_contents_folds_times_and_scrolls_wide_tables(pages):
+    markdown, html = pages()
+    assert '<meta name="viewport"' in html
+    names = re.findall(r'<a href="#([^"]+)">', html)
+    assert names == re.findall(r'<h2 id="([^"]+)">', html) and len(names) == markdown.count("\n## ") > 9
+    assert len(set(names)) == len(names) and "what-it-costs" in names  # README links to it
+    assert html.count('<div class="wide"><table>') == html.count("<table>") == html.count("</table></div>")
+    times = html.split("<details>")[1].split("</details>")[0]
+    assert times.count("<tr>") > 20 and '<td style="text-align:right">' in times
+    assert (
+        html.count("<figure>") == html.count("<figcaption>") == html.count('src="data:image/png') == html.count("<img")
+    )
+    for page in ("../README.md", "sweep.md", "failures.md", "long_context.md", "log.md", "report.json"):
+        assert f'href="{page}"' in html and Path("reports", page).suffix in (".md", ".json")
+
+
+def test_numbers_do_not_break_and_one_row_is_one(pages):
+    markdown, _ = pages(changed("evaluate/dense", arms__dense__rows=1))
+    assert f"1{NBSP}held-out row of" in markdown
+    own = re.sub(r"```.*?```|`[^`\n]*`", "", markdown, flags=re.DOTALL)
+    assert not re.findall(r"\d [±%]|± \d", own)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from stages.statistics import Predictions
+from stages.statistics import Predictions, plain, ratio_with_error
 
 
 @pytest.fixture
@@ -31,6 +31,13 @@ def test_an_arm_is_compared_on_the_rows_it_ran_on(evaluated):
     predictions = Predictions(("arms",))
     assert predictions.gap("all", "reference")[0] == pytest.approx((0 + 1 + 3 + 5) / 4)
     assert predictions.gap("few", "reference")[0] == pytest.approx((2 + 4) / 2)
+
+
+def test_a_single_row_has_no_error():
+    assert ratio_with_error(np.array([6.0]), np.array([3]))[0] == 2 and np.isnan(
+        ratio_with_error(np.ones(1), np.ones(1))[1]
+    )
+    assert plain({"a": (np.float32(0.5), np.nan), "b": np.arange(2)}) == {"a": [0.5, None], "b": [0, 1]}
 
 
 def test_the_first_rows_alone(evaluated):

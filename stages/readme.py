@@ -1,0 +1,111 @@
+"""Fill in the numbers of README and of the pages under docs/, in both languages, from the committed files.
+
+    python -m stages.readme
+
+What stands between `<!-- numbers: NAME -->` and `<!-- end -->` is the macro NAME of stages/readme.md.jinja, on a page
+named *.zh.md of stages/readme.zh.md.jinja. Run it when reports/ changed; tests/test_readme.py says when it is due.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from stages import params
+from stages.arms import TRAINED
+from stages.lock import made_elsewhere
+from stages.markdown import load
+
+BLOCK = re.compile(r"(<!-- numbers: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+STAGES = ("data", "train", "dpo", "evaluate", "harness", "benchmark")  # folders of reports/ with what each stage cost
+
+
+def pages() -> list[Path]:
+    return [*sorted(Path().glob("README*.md")), *sorted(Path("docs").glob("*.md"))]
+
+
+def read(path: str) -> dict:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def cost_tables(files: list[dict]) -> dict[str, dict[str, dict[int, dict]]]:
+    """{kind: {arm: {tokens: the ratio and the least that any process measured}}}; the first file to have one counts."""
+    found: dict = {}
+    for file in files:
+        for kind, rows in file["tables"].items():
+            for row in rows:
+                for arm, ratio in row["ratio"].items():
+                    least = row.get("ratio_range", {}).get(arm, [ratio])[0]
+                    lengths = found.setdefault(kind, {}).setdefault(arm, {})
+                    lengths.setdefault(row["length"], {"ratio": ratio, "least": least})
+    return found
+
+
+def faster_from(lengths: dict[int, dict]) -> int | None:
+    """The least length that was measured from which on DSA was faster in every process; None where there is none."""
+    slower = max((n for n, row in lengths.items() if row["least"] <= 1), default=0)
+    return min((n for n in lengths if n > slower), default=None)
+
+
+def sweep_means(sweep: dict) -> dict[str, list[dict]]:
+    """Answer loss minus dense, mean over seeds: by k, and at a scarce k by the indexer, the warm-up, the ablation."""
+    rows, base = pd.DataFrame(sweep["experiments"]), sweep["base"]
+    rows["gap"] = [metrics["gap"] for metrics in rows["metrics"]]
+    knobs = {"topk": ["topk"], "indexer": ["n_heads", "head_dim"], "warmup": ["warmup_steps"], "ablation": ["ablation"]}
+    scarce = min(rows.loc[rows["ablation"] != base["ablation"], "topk"], default=base["topk"])
+    found = {"scarce": scarce}
+    for name, varied in knobs.items():
+        fixed = {knob: base[knob] for of in knobs.values() for knob in of if knob not in varied}
+        if name != "topk":
+            fixed["topk"] = scarce
+        some = rows[(rows[list(fixed)] == pd.Series(fixed)).all(axis=1)]
+        found[name] = some.groupby(varied, as_index=False)["gap"].mean().to_dict("records")
+    return found
+
+
+def context() -> dict:
+    """Everything that the templates read. What the studies wrote is left out where it is not there."""
+    cost, speed = read("reports/benchmark/cost.json"), read("reports/speed/cost.json")
+    runs = [run for name in STAGES for path in Path("reports", name).glob("*.json") if (run := read(path).get("run"))]
+    tables = cost_tables([cost, speed])
+    report = read("reports/report.json")
+    studies = {name: read(f"reports/{name}.json") for name in ("failures", "long_context")}
+    return {
+        "p": params.load(),
+        "rows": {row["arm"]: row for row in report["trained"]},
+        "trained": TRAINED,
+        "report": report,
+        "cost": cost,
+        "speed": read("reports/benchmark/speed.json"),
+        "tables": tables,
+        "faster_from": faster_from,
+        "train": {name: read(f"reports/train/{name}.json") for name in ("dense", "sparse")},
+        "base": read("data/base/pretrain.json"),
+        "minutes": sum(run["seconds"] for run in runs) / 60,
+        "memory": max(run["peak_memory_gb"] for run in runs),
+        "device": cost["run"]["device"],
+        "sweep": sweep_means(read("reports/sweep.json")) | {"context": read("reports/sweep.json")["context"]},
+        **studies,
+        "elsewhere": {name: made_elsewhere(found["run"]) for name, found in studies.items()},
+        "full_size": read("reports/speed/full_size.json")["rows"],
+        "int8_keys": read("reports/speed/int8_keys.json"),
+    }
+
+
+def filled(text: str, template: Path, numbers: dict) -> str:
+    """A page with its blocks made anew."""
+    module = load(template).make_module(numbers)
+    return BLOCK.sub(lambda match: f"{match[1]}\n{str(getattr(module, match[2])()).strip()}\n\n{match[3]}", text)
+
+
+def main() -> None:
+    numbers, folder = context(), Path(__file__).parent
+    for path in pages():
+        template = folder / ("readme.zh.md.jinja" if path.name.endswith(".zh.md") else "readme.md.jinja")
+        text = path.read_text(encoding="utf-8")
+        path.write_text(filled(text, template, numbers), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
