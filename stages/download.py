@@ -25,6 +25,11 @@ RAW = Path("data/raw")
 PACKAGES = "python-packages"
 STREAM_ROOM = 2 * 10**9  # bytes of disk to be free for the slice of a source; nobody knows how much it will be
 CORPUS_SEED = 0  # not the experiment's: another seed of the experiment trains on the same rows
+ROW_CHARS = (
+    0.7,
+    3.2,
+    2.7,
+)  # of a row, least, most and likeliest, times data.max_length: some rows are too short or cut
 PAIR_CHARS = (900, 1_500, 1_300)  # of a pair's prompt: short, for a pair is two rows
 
 
@@ -111,7 +116,8 @@ def main() -> None:
 
     with measured(metrics), params.one_line(sources.SourceError, TooManyBadRows, ModuleNotFoundError):
         long_rows = LongRows(tokenizer, data.max_length, data.max_bad_rows, data.min_tokens)
-        dataset = open_source(data.source, corpus.rows, data.test_fraction, data.rows)
+        chars = tuple(round(data.max_length * share) for share in ROW_CHARS)
+        dataset = open_source(data.source, corpus.rows, data.test_fraction, data.rows, chars)
         metrics["sft"] = fetch("sft", dataset, long_rows, data.samples)
         pairs = Pairs(tokenizer, preference.max_length, preference.max_bad_rows, preference.domains)
         fraction = preference.test_fraction

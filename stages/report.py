@@ -18,7 +18,7 @@ from stages.common import device_name, git_commit
 from stages.files import write_json
 from stages.html import to_html
 from stages.markdown import page
-from stages.statistics import Predictions, plain
+from stages.statistics import MARGIN, Predictions, equivalence, plain
 
 REPORTS = Path("reports")
 FIGURES = REPORTS / "figures"
@@ -142,6 +142,8 @@ def measure(p: params.Params, found: dict, predictions: Predictions) -> dict:
         "trained": [row | {"exact": exact(row, retrieval[row["arm"]])} for row in trained],
         "untrained": compare(predictions, arms, UNTRAINED, "base"),
         "budgets": budgets(p, found, few),
+        "equivalence": {row["arm"]: equivalence(*row["gap"], row["rows"]) for row in trained if row["arm"] != "dense"},
+        "margin": MARGIN,
         "control_gap": few.gap("dsa", "dense"),
         "oracle_gap": few.gap("dsa_oracle", "dense"),
         "retrieval": retrieval,

@@ -4,6 +4,9 @@ from copy import copy
 
 import numpy as np
 import pandas as pd
+from scipy import stats
+
+MARGIN = 0.01  # nats an answer token, fixed before any run: within it two arms count as equally good
 
 
 def ratio_with_error(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
@@ -21,6 +24,11 @@ def mean_with_error(values: np.ndarray, rows: np.ndarray) -> tuple[float, float]
     """Mean of per-token values and its standard error with rows, not tokens, as the independent units."""
     frame = pd.DataFrame({"row": rows, "value": values}).groupby("row")["value"].agg(["sum", "count"])
     return ratio_with_error(frame["sum"].to_numpy(), frame["count"].to_numpy())
+
+
+def equivalence(gap: float, error: float, rows: int, margin: float = MARGIN) -> float:
+    """p of two one-sided t-tests (TOST, Schuirmann 1987) that a mean difference lies within ± margin; NaN for a row."""
+    return float(stats.t.sf((margin - abs(gap)) / error, rows - 1)) if rows > 1 and error > 0 else np.nan
 
 
 def plain(x):

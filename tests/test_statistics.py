@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from stages.statistics import Predictions, plain, ratio_with_error
+from stages.statistics import Predictions, equivalence, plain, ratio_with_error
 
 
 @pytest.fixture
@@ -53,3 +54,16 @@ def test_the_first_rows_alone(evaluated):
     assert Predictions(("arms",)).first(99).summary("all", "reference") == Predictions(("arms",)).summary(
         "all", "reference"
     )
+
+
+def test_equivalence_needs_a_small_difference_that_is_known_well():
+    """Its p is the larger one of two one-sided t-tests."""
+    samples = np.random.default_rng(0).normal(0.004, 0.02, 50)
+    gap, error = samples.mean(), samples.std(ddof=1) / 50**0.5
+    sides = [
+        stats.ttest_1samp(samples, side, alternative=way).pvalue for side, way in ((-0.01, "greater"), (0.01, "less"))
+    ]
+    assert equivalence(gap, error, 50, 0.01) == pytest.approx(max(sides))
+    assert equivalence(-gap, error, 50, 0.01) == pytest.approx(max(sides))
+    assert equivalence(0.02, 0.001, 50) > 0.95
+    assert np.isnan(equivalence(0.0, 0.0, 1))
