@@ -16,6 +16,7 @@ from dsa import ablations, from_dense
 from dsa.data.rows import Collator
 from dsa.training.trainer import DSATrainer, freeze
 from stages import compare, params, training
+from stages.markdown import NBSP
 from studies import sweep
 from studies.sweep_points import SCARCE_TOPK
 from studies.sweep_report import CHANGES, Sweep, estimate, indexer_cost, pareto, verdicts, write_report
@@ -114,8 +115,8 @@ def test_the_page_has_the_numbers_and_says_what_is_missing(tmp_path):
     rows += [experiment(replace(BASE, topk=64, ablation="rope_all"), (2.0, 6.0)) | {"commit": "def"}]
     write_report(made(*rows), tmp_path)
     text = (tmp_path / "sweep.md").read_text(encoding="utf-8")
-    assert "| 256 | 1/8 | +0.1500 ± 0.0500 |" in text
-    assert "| 32 | 1/64 | +0.4000 ± 0.0000 | [+0.4000, +0.4000]" in text
+    assert f"| 256 | 1/8 | +0.1500{NBSP}±{NBSP}0.0500 |" in text
+    assert f"| 32 | 1/64 | +0.4000{NBSP}±{NBSP}0.0000 | [+0.4000, +0.4000]" in text
     assert "not excluded: k = 32 (+0.4000 [+0.4000, +0.4000]), k = 64 (" in text
     assert "by the whole interval: none." in text
     assert "1 × 16" in text and "Fewer than two lengths of warm-up were run" in text
