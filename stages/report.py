@@ -20,6 +20,7 @@ from stages.common import device_name, git_commit
 from stages.files import write_json
 from stages.markdown import page
 from stages.statistics import Predictions
+from stages.summary import summarize
 
 REPORTS = Path("reports")
 FIGURES = REPORTS / "figures"
@@ -185,13 +186,7 @@ def main() -> None:
     base = json.loads(Path(EMBEDDED, "pretrain.json").read_text(encoding="utf-8")) if embedded else None
     draw(p, predictions, tables, selections, curves, cost, data["filter"]["length_histogram"], base)
     rows = {row["arm"]: row for table in ("trained", "untrained") for row in tables[table]}
-    summary = {
-        "loss": {arm: round(rows[arm]["loss"], 4) for arm in rows},
-        "gap": {arm: round(rows[arm]["gap"], 4) for arm in rows},
-        "retrieval": {arm: round(rows[arm]["retrieval"], 4) for arm in rows},
-        "retrieval_tokens": {arm: round(rows[arm]["retrieval_tokens"], 4) for arm in rows},
-        "reward_accuracy": {a: round(n["accuracy"][0], 4) for a, n in tables["preference"]["arms"].items()},
-    }
+    stages = stages_table(train, dpo, evaluations, data | {"benchmark": cost})
     context = {
         "p": p,
         "labels": LABELS,
@@ -207,7 +202,7 @@ def main() -> None:
         "harness": {arm: read(f"harness/{arm}.json")["tasks"] for arm in PAIR},
         "selections": selections,
         "generations": list(zip(evaluations["dense"]["generations"], evaluations["dsa"]["generations"], strict=True)),
-        "stages": stages_table(train, dpo, evaluations, data | {"benchmark": cost}),
+        "stages": stages,
         "control_gap": few.gap("dsa", "dense"),
         "oracle_gap": few.gap("dsa_oracle", "dense"),
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
@@ -217,7 +212,7 @@ def main() -> None:
     markdown = page(Path(__file__).with_name("report.md.jinja"), context)
     (REPORTS / "report.md").write_text(markdown, encoding="utf-8")
     (REPORTS / "report.html").write_text(to_html(markdown), encoding="utf-8")
-    write_json(REPORTS / "summary.json", summary)
+    write_json(REPORTS / "summary.json", summarize(rows, selections["dsa"], tables["preference"], stages))
 
 
 if __name__ == "__main__":
