@@ -24,11 +24,11 @@ def summarize(rows: dict[str, dict], selection: dict, preference: dict, stages: 
         "gap": dsa["gap"],
         "gap_se": dsa["gap_se"],
         "gap_window": rows["window_trained"]["gap"],
-        "lookups_dsa": dsa["retrieval_tokens"],
+        "lookups": dsa["retrieval_tokens"],
         "lookups_gap": dsa["share_gap"],
         "lookups_se": dsa["share_gap_se"],
         "mass": mean(selection["mass"]),
-        "dpo_dsa": preference["arms"]["dsa"]["accuracy"][0],
+        "dpo": preference["arms"]["dsa"]["accuracy"][0],
     }
     rounded = {name: round(value, 4) for name, value in columns.items()}
     return rounded | {"seconds": round(sum(stage["seconds"] for stage in stages)), "gb": round(max(memory), 1)}

@@ -152,9 +152,7 @@ def main() -> None:
     queues.add_argument("--topk", type=int, nargs="+", default=TOPK, help="of the group topk")
     queues.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     reports = commands.add_parser("report", help="write reports/sweep.json, sweep.md and the figures")
-    reports.add_argument(
-        "--from", dest="sources", type=Path, nargs="+", help="these files instead of DVC's experiments"
-    )
+    reports.add_argument("--from", dest="sources", type=Path, nargs="+", help="these files instead of the experiments")
     reports.add_argument("--rev", default="HEAD", help="the commit that the experiments began at")
     for command in (queues, reports):
         command.add_argument("--profile", default="sweep")
