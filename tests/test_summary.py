@@ -14,13 +14,6 @@ from tests.test_pipeline import copy_of_project
 ORDER = "loss_dense loss_dsa gap gap_se gap_window lookups lookups_gap lookups_se mass dpo seconds gb"
 ROW = {"loss": 2.31736, "gap": 0.00164, "gap_se": 0.0009}
 ROW |= {"retrieval_tokens": 0.78743, "share_gap": 0.3, "share_gap_se": 0}
-    "loss": 2.31736,
-    "retrieval_tokens": 0.78743,
-    "gap": 0.00164,
-    "gap_se": 0.0009,
-    "share_gap": 0.3,
-    "share_gap_se": 0,
-}
 ARMS = {
     "dense": ROW,
     "dsa": ROW | {"loss": 2.31896, "retrieval_tokens": 0.79},
@@ -65,8 +58,6 @@ def test_no_other_output_is_a_metric_and_every_plot_is_an_output():
     stages = [stage.get("do", stage) for stage in pipeline["stages"].values()]
     metrics = [stage["metrics"] for stage in stages if "metrics" in stage]
     assert metrics == [[{"reports/summary.json": {"cache": False}}]]
-        [{"reports/summary.json": {"cache": False}}]
-    ]
     assert not [stage for stage in stages if "plots" in stage]
     images = [plot for plot in pipeline["plots"] if isinstance(plot, str)]
     assert images and all((ROOT / image).is_file() for image in images)
