@@ -27,7 +27,7 @@ def run(tmp_path_factory):
     environment = {"DSA_SCRATCH": str(home / "scratch"), "HOME": str(home), "HF_HUB_OFFLINE": "1"}
     environment |= {"TQDM_MININTERVAL": "0", "TQDM_DELAY": "0"}
     environment |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    run_stages(project, DATA, environment)
+    run_stages(project, DATA | {"dense": ""}, environment)  # without DVC, the launcher and an interruption
 
     def start():
         with (project / "log").open("w", encoding="utf-8") as log:
@@ -45,7 +45,6 @@ def result(project):
 
 def test_a_run_told_to_end_says_go_on_and_the_next_one_ends_in_the_same_bits(run):
     log = run.project / "log"
-    assert run().wait() == 0, log.read_text(encoding="utf-8")
     resumed, *whole = result(run.project)
     assert resumed == 0
     first = run()
