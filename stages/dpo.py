@@ -23,7 +23,7 @@ from dsa.training.trainer import freeze
 from stages import params
 from stages.common import measured, owned
 from stages.files import read_rows, write_json
-from stages.training import checkpoints, first_and_last, run, trainer_options, use_all_cores, write_curve
+from stages.training import checkpoints, first_and_last, run, save, trainer_options, use_all_cores, write_curve
 
 PAIRS = Path("data/pairs")
 LOGGED = ("loss", "rewards/accuracies", "rewards/margins", "kl", "learning_rate", "grad_norm")
@@ -109,8 +109,7 @@ def optimise(arm: str, p: params.Params, folder: Path) -> None:
         # In float32: bfloat16 would round the logits by as much as the policy moves.
         scores = [score_pair(model, reference, example) for example in tqdm(test, desc="held-out pairs")]
         samples = generate(tokenizer, reference, model, test[: dpo.generations])
-    model.save_pretrained(f"models/dpo-{arm}")
-    tokenizer.save_pretrained(f"models/dpo-{arm}")
+    save(model, tokenizer, Path(f"models/dpo-{arm}"))
     curve = write_curve(trainer.state.log_history, Path(f"reports/dpo/{arm}.csv"), LOGGED)
     # What is independent of what: prompts, or where windows of the same files are drawn, the files' families.
     families = p.preference.split_by == "data_source"

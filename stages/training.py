@@ -4,20 +4,22 @@ import gc
 import json
 import os
 import shutil
+import sys
 from itertools import islice
 from pathlib import Path
 
 import pandas as pd
 import torch
-from transformers import AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from dsa.data.rows import Collator, end_ids, examples
 from dsa.machine import cores, supports_bf16
 from dsa.modeling import Qwen2DSAForCausalLM
-from dsa.training.trainer import DSATrainer, MassProbe, TokenProgress
+from dsa.training.trainer import DSATrainer, MassProbe, StopOnSignal, TokenProgress
 from stages.common import measured, owned, scratch, versions
 from stages.files import read_rows, write_json
 from stages.params import ParamsError, Training, dependencies
+from stages.unattended import GO_ON
 
 LONG = Path("data/long")
 CHECKPOINTS = 5  # a run
@@ -129,15 +131,23 @@ def trainer_options(section: Training, folder: Path, seed: int) -> dict:
 
 
 def run(trainer: Trainer, folder: Path) -> dict:
-    """Train, from the last checkpoint in `folder` if there is one. Returns the run's metrics."""
+    """Train, from the last checkpoint in `folder` if there is one. Returns the run's metrics.
+
+    Ends the process with the code GO_ON where SIGTERM cut the training short.
+    """
     trainer.pop_callback(next(c for c in trainer.callback_handler.callbacks if "Progress" in type(c).__name__))
     trainer.add_callback(progress := TokenProgress())
+    trainer.add_callback(StopOnSignal(trainer.accelerator))
     tokens_per_second = resumed_at = 0
     if trainer.args.max_steps > 0:  # 0 is no limit to the Trainer
         checkpoint = last_checkpoint(folder)
         resumed_at = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
         seconds = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
         tokens_per_second = round((trainer.state.num_input_tokens_seen - progress.tokens_before) / seconds)
+        if (step := trainer.state.global_step) < trainer.args.max_steps:
+            if trainer.is_world_process_zero():
+                print(f"SIGTERM: step {step} of {trainer.args.max_steps} is kept: run it again", file=sys.stderr)
+            raise SystemExit(GO_ON)
     return {
         "tokens": trainer.state.num_input_tokens_seen,
         "tokens_per_second": tokens_per_second,
@@ -192,13 +202,20 @@ def train(
             result = run(trainer, folder)
         if not trainer.is_world_process_zero():
             return
-        trainer.model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
+        save(trainer.model, tokenizer, out)
         curve = write_curve(trainer.state.log_history, Path(f"reports/train/{stage}.csv"), LOGGED)
         rows_seen = sum(log.get("rows", 0) for log in trainer.state.log_history)
         metrics |= {"rows": round(rows_seen)} | result | first_and_last(curve)
         write_json(Path(f"reports/train/{stage}.json"), metrics)
         gc.collect()
+
+
+def save(model: Qwen2DSAForCausalLM, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    """Write a model's folder, the same bytes everywhere: transformers would add that HF_HUB_OFFLINE is set."""
+    for name in ("is_local", "local_files_only"):  # how the tokenizer was loaded
+        tokenizer.init_kwargs.pop(name, None)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
 
 
 def write_curve(history: list[dict], path: Path, logged: tuple[str, ...]) -> pd.DataFrame:

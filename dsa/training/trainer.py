@@ -7,9 +7,11 @@ Three kinds of run share this one Trainer:
 Both losses are means over the global batch: they do not change with micro-batch, accumulation or number of processes.
 """
 
+import signal
 import time
 
 import torch
+from accelerate import Accelerator
 from torch.utils.data import RandomSampler
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
@@ -150,6 +152,28 @@ class MassProbe(TrainerCallback):
             state.log_history.append(
                 {"step": state.global_step} | {f"mass_layer_{i}": m for i, m in enumerate(mass["mass"])}
             )
+
+
+class StopOnSignal(TrainerCallback):
+    """On SIGTERM the step at hand is the last one: a checkpoint, and the end of the training, in all processes."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator, self.asked = accelerator, False
+
+    def ask(self, *_) -> None:
+        self.asked = True
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.previous = signal.signal(signal.SIGTERM, self.ask)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.asked:
+            self.accelerator.set_trigger()
+        if self.accelerator.check_trigger():  # some process was asked
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, self.previous)
 
 
 class TokenProgress(ProgressCallback):
