@@ -41,8 +41,8 @@ dsa.from_dense({base!r}, topk=8, n_heads=2, head_dim=8).save_pretrained("models/
 
 
 def python(code: str, folder: Path, **environment: str) -> str:
-    command = [sys.executable, "-W", "error::SyntaxWarning", "-c", code]
-    done = subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True, encoding="utf-8")
+    command, environment = [sys.executable, "-c", code], os.environ | environment
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, encoding="utf-8")
     assert not done.returncode, done.stderr[-3000:]
     return done.stdout
 
