@@ -17,16 +17,6 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
 
-def pytest_configure(config):
-    config.option.loadscopereorder = False  # of pytest-xdist, which else begins with the files that have most tests
-
-
-def pytest_collection_modifyitems(items):
-    """Files with slow tests first: where processes share the files, none is left with a long one at the end."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
-
-
 def small_model() -> Qwen2ForCausalLM:
     """A small random Qwen2 with grouped queries and weights large enough for attention to have opinions."""
     torch.manual_seed(0)
@@ -94,3 +84,13 @@ def error_ratio(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Root-mean-square error relative to the expected tensor's."""
     actual, expected = actual.double(), expected.double()
     return ((actual - expected).norm() / expected.norm().clamp(min=1e-12)).item()
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # of pytest-xdist, which else begins with the files that have most tests
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: where processes share the files, none is left with a long one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
