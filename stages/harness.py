@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 from stages import params
-from stages.common import measured
 from stages.files import write_json
 
 TASKS = "data/local/tasks"  # where YAMLs that define a task have to be, and the files that they name
@@ -95,6 +94,8 @@ def main(arm: str) -> None:
     p = params.load(f"harness@{arm}")
     metrics: dict = {"tasks": {}}
     if p.harness.tasks:
+        from stages.common import measured
+
         with measured(metrics):
             metrics["tasks"] = score(arm, p.harness, p.seed)
     write_json(Path(f"reports/harness/{arm}.json"), metrics)

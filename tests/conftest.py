@@ -9,6 +9,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from dsa.kernels.cpu import build
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ and "OMP_NUM_THREADS" not in os.environ:  # else each takes all cores
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start
+    torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -81,3 +84,13 @@ def error_ratio(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Root-mean-square error relative to the expected tensor's."""
     actual, expected = actual.double(), expected.double()
     return ((actual - expected).norm() / expected.norm().clamp(min=1e-12)).item()
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # of pytest-xdist, which else begins with the files that have most tests
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: where processes share the files, none is left with a long one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

@@ -168,6 +168,16 @@ def test_the_default_packages_are_those_of_the_corpus(profile, monkeypatch):
     assert {file.family.split("/")[0] for file in corpus.source_files(packages)} == {"networkx"}
 
 
+def test_the_sweeps_profile_is_the_defaults_but_for_its_length():
+    """DVC follows a value in the file that a stage names, so what the two share stands in both, and is the same."""
+    cpu, sweep = (params.read(ROOT / f"profiles/{name}.yaml") for name in ("cpu", "sweep"))
+    assert cpu.keys() - sweep.keys() == {"pretrain"} and not sweep.keys() - cpu.keys()
+    differ = {name for name in sweep if sweep[name] != cpu[name]}
+    assert differ == {"dense", "sparse", "evaluate"}
+    for name in ("dense", "sparse"):
+        assert cpu[name] | {"steps": cpu[name]["steps"] // 2} == sweep[name]
+
+
 def test_a_task_that_dvc_does_not_watch_is_refused(tmp_path):
     """Its YAML was edited, and `dvc repro` said that nothing had changed."""
     (tmp_path / "mine.yaml").write_text("task: mine", encoding="utf-8")
