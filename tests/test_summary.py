@@ -13,7 +13,7 @@ from tests.test_pipeline import copy_of_project
 
 ORDER = "loss_dense loss_dsa gap gap_se gap_window lookups lookups_gap lookups_se mass dpo seconds gb"
 ROW = {"loss": 2.31736, "gap": (0.00164, 0.0009)}
-ROW |= {"retrieval_tokens": 0.78743, "share_gap": (0.3, None)}
+ROW |= {"retrieval_tokens": 0.78743, "share_gap": (0.3, 0)}
 ARMS = {
     "dense": ROW,
     "dsa": ROW | {"loss": 2.31896, "retrieval_tokens": 0.79},
