@@ -33,8 +33,9 @@ def indexer_kl(
         scaling: the attention's.
         visible: which keys each query sees; padding and other documents are no keys, and padding no query position.
         indices: int [B, T, K] from `select_topk`, the keys that attention really used; None for dense attention.
-        backend: one of `dsa.kernels.BACKENDS`; "gather" works a slab of queries at a time. When None, "triton" or "cpu" where its kernels take such tensors and "gather" for all others,
-            unless the environment variable DSA_BACKEND says otherwise.
+        backend: one of `dsa.kernels.BACKENDS`; "gather" works a slab of queries at a time. When None, "triton" or "cpu"
+            where its kernels take such tensors and such a mask and "gather" for all others, unless the environment
+            variable DSA_BACKEND says otherwise.
 
     Returns:
         A scalar. All but the reference compute its gradient on the way: nothing of size T x S is kept.

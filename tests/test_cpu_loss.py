@@ -1,4 +1,4 @@
-"""The CPU's indexer loss, over selected keys and over all: the reference's value and gradients, the same bits always."""
+"""The CPU's indexer loss over selected keys or all: the reference's value and gradients, the same bits always."""
 
 import pytest
 import torch

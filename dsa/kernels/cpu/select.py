@@ -79,7 +79,7 @@ def first_keys(visible: Visibility, B: int) -> torch.Tensor | list[None]:
 
 
 def pack(lib, k: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-    """k [B, S, D], a key's numbers side by side, in tiles (tile.h): uint8 [B, tiles, bytes]. real as from `real_keys`."""
+    """k [B, S, D], a key's numbers side by side, in tiles (tile.h): uint8 [B, tiles, bytes]. real: see `real_keys`."""
     B, S, _ = k.shape
     tiles = torch.empty(B, -(-S // lib.dsa_tile_keys()), lib.dsa_tile_bytes(), dtype=torch.uint8)
 

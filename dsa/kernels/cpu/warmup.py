@@ -1,10 +1,12 @@
 """`dsa.losses.indexer_kl` of the dense warm-up, over all the keys that a query sees (warmup.c)."""
 
+from itertools import pairwise
+
 import torch
 
 from dsa.kernels.cpu import build, select, threads
-from dsa.kernels.cpu.attend import DTYPES, HEAD_DIMS, tokens_first
-from dsa.kernels.cpu.loss import Index
+from dsa.kernels.cpu.attend import tokens_first
+from dsa.kernels.cpu.loss import Index, unsupported
 from dsa.masks import Visibility
 
 ROWS = 16  # queries whose targets exist at once
@@ -14,11 +16,7 @@ PARTITIONS = 8  # of a row's queries, whatever the number of threads: so many su
 def obstacle(dtype: torch.dtype, Hq: int, Hkv: int, D: int, H: int, DI: int) -> str | None:
     """Why `kl_of_all` cannot run for q and k of such a type, numbers of heads and head size, and H index heads of size
     DI; None if it can."""
-    if dtype not in DTYPES:
-        return f"{dtype} is not one of {tuple(DTYPES)}"
-    if D not in HEAD_DIMS or DI not in HEAD_DIMS:
-        return f"heads of {D} and index heads of {DI} are not of {HEAD_DIMS}"
-    return build.obstacle("warmup.c", D=D, H=H) or build.obstacle("warmup.c", D=DI, H=H)
+    return unsupported(dtype, D, H, DI) or build.obstacle("warmup.c", D=D, H=H) or build.obstacle("warmup.c", D=DI, H=H)
 
 
 def kl_of_all(
@@ -39,7 +37,7 @@ def kl_of_all(
     Args:
         visible: what `select.fits`.
     """
-    (B, T, H, DI), (Hq, D), (Hkv, S) = index[0].shape, q.shape[1::2], k.shape[1:3]
+    (H, DI), (B, Hkv, S, D), Hq = index[0].shape[2:], k.shape, q.shape[1]
     target_lib, loss_lib = (build.library("warmup.c", D=size, H=H) for size in (D, DI))
     index_q, index_k, weights = (x.float().contiguous() for x in index)
     q, valid = tokens_first(q.float()), valid.contiguous()  # (B, T, Hq, D)
@@ -80,4 +78,4 @@ def partitions(visible: Visibility) -> list[tuple[int, int]]:
     T, offset = visible.length, visible.offset
     share = ((offset + T) ** 2 - offset**2) / PARTITIONS
     cuts = [round((offset**2 + i * share) ** 0.5) - offset for i in range(PARTITIONS + 1)]
-    return [(start, stop) for start, stop in zip(cuts, cuts[1:], strict=False) if start < stop]
+    return [(start, stop) for start, stop in pairwise(cuts) if start < stop]
