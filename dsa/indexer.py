@@ -118,7 +118,7 @@ Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, float32 [B or
 
 
 def rotation(position_ids: torch.Tensor, config: Qwen2DSAConfig) -> Rotation | None:
-    """What RoPE turns index queries and keys by, frequencies theta^(-2i/dim): the same in all layers. None for dim 0."""
+    """What RoPE turns index queries and keys by, frequencies theta^(-2i/dim), in all layers. None for dim 0."""
     dim, theta = config.index_rope_dim, config.rope_parameters["rope_theta"]
     if dim == 0:
         return None
