@@ -6,8 +6,8 @@
 //     r[h, s] = dI[s] w[h] where q[h] . k[s] > 0, else 0;    dq[h] = sum_s r[h, s] k[s];    dk[s] += sum_h r[h, s] q[h].
 // A few queries at a time share each tile; what is kept of them is their logits, over all keys and a few heads.
 //
-// Compiled for one shape: -DD= the width of heads, attention's for dsa_target or the indexer's for dsa_loss, and -DH= index
-// heads.
+// Compiled for one shape: -DH= index heads, and -DD= the width of heads: attention's for dsa_target, the
+// indexer's for dsa_loss.
 #include "tile.h"
 #define LN LANES
 #include "lanes.h"
@@ -17,16 +17,16 @@
 #define NC (D / LANES < REGISTERS / 8 ? D / LANES : REGISTERS / 8)  // columns at once: QUERIES x NC accumulators
 #define HIDDEN -3e38f             // the score of a key that a query does not see
 
-// QUERIES queries from t on, n of them real; query m sees the keys first[m] .. last[m] but padding, all of them in the
+// QUERIES queries, n of them real; query m sees the keys first[m] .. last[m] but padding, all of them in the
 // tiles from .. to - 1.
 struct block {
-    int64_t t, from, to;
+    int64_t from, to;
     int n;
     int32_t first[QUERIES], last[QUERIES];
 };
 
 static struct block block_at(int64_t t, int64_t t1, const int32_t *first, int64_t offset) {
-    struct block b = {.t = t, .from = INT64_MAX, .n = t1 - t < QUERIES ? t1 - t : QUERIES};
+    struct block b = {.from = INT64_MAX, .n = t1 - t < QUERIES ? t1 - t : QUERIES};
     b.to = (offset + t + b.n - 1) / NT + 1;
     for (int m = 0; m < QUERIES; m++) {
         b.first[m] = m < b.n && first ? first[t + m] : 0;
