@@ -3,7 +3,6 @@
 import torch
 from torch import nn
 from transformers import Cache
-from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
 from dsa import kernels
 from dsa.config import Qwen2DSAConfig
@@ -115,18 +114,28 @@ def _decoding_scores(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) ->
     return scores
 
 
-def rotate(x: torch.Tensor, position_ids: torch.Tensor, dim: int, theta: float) -> torch.Tensor:
-    """RoPE, half-split, on the first `dim` dims of x[B, T, ..., D], frequencies theta^(-2i/dim)."""
+Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, float32 [B or 1, T, 1, dim / 2]
+
+
+def rotation(position_ids: torch.Tensor, config: Qwen2DSAConfig) -> Rotation | None:
+    """What RoPE turns index queries and keys by, frequencies theta^(-2i/dim), in all layers. None for dim 0."""
+    dim, theta = config.index_rope_dim, config.rope_parameters["rope_theta"]
     if dim == 0:
+        return None
+    frequency = theta ** (-torch.arange(0, dim, 2, device=position_ids.device, dtype=torch.float32) / dim)
+    angle = position_ids[..., None, None].float() * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: torch.Tensor, by: Rotation | None) -> torch.Tensor:
+    """RoPE, half-split, on the first dims of x [B, T, H, D]."""
+    if by is None:
         return x
-    frequency = theta ** (-torch.arange(0, dim, 2, device=x.device, dtype=torch.float32) / dim)
-    angle = position_ids[..., None].float() * frequency  # (B or 1, T, dim/2)
-    angle = torch.cat([angle, angle], dim=-1)
-    while angle.dim() < x.dim():
-        angle = angle.unsqueeze(-2)
-    head = x[..., :dim].float()
-    head = head * angle.cos() + rotate_half(head) * angle.sin()
-    return torch.cat([head.to(x.dtype), x[..., dim:]], dim=-1)
+    cos, sin = by
+    half = cos.shape[-1]
+    a, b = x[..., :half].float(), x[..., half : 2 * half].float()
+    turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return torch.cat([turned.to(x.dtype), x[..., 2 * half :]], dim=-1)
 
 
 class LightningIndexer(nn.Module):
@@ -141,15 +150,17 @@ class LightningIndexer(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.n_heads, self.head_dim = config.index_n_heads, config.index_head_dim
-        self.rope_dim = config.index_rope_dim
-        self.rope_theta = config.rope_parameters["rope_theta"]
         self.wq = nn.Linear(config.hidden_size, self.n_heads * self.head_dim, bias=False)
         self.wk = nn.Linear(config.hidden_size, self.head_dim, bias=False)
         self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6)
         self.weights_proj = nn.Linear(config.hidden_size, self.n_heads, bias=False)
 
     def forward(
-        self, hidden_states: torch.Tensor, position_ids: torch.Tensor, past_key_values: Cache | None = None
+        self,
+        hidden_states: torch.Tensor,
+        position_ids: torch.Tensor,
+        past_key_values: Cache | None = None,
+        by: Rotation | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Index queries, keys and weights; the keys of earlier calls come from the cache.
 
@@ -157,6 +168,7 @@ class LightningIndexer(nn.Module):
             hidden_states: [B, T, hidden], what the attention's projections get. Detached here: the indexer learns
                 nothing into the backbone.
             position_ids: [B or 1, T].
+            by: their `rotation`, where the caller has it: a decoded token has little else to compute.
 
         Returns:
             q [B, T, H, D], k [B, S, D], weights float32 [B, T, H]. Where the config says int8 and this is no training,
@@ -164,8 +176,9 @@ class LightningIndexer(nn.Module):
         """
         x = hidden_states.detach()
         B, T, _ = x.shape
-        q = rotate(self.wq(x).view(B, T, self.n_heads, self.head_dim), position_ids, self.rope_dim, self.rope_theta)
-        k = rotate(self.k_norm(self.wk(x)), position_ids, self.rope_dim, self.rope_theta)
+        by = rotation(position_ids, self.config) if by is None else by
+        q = rotate(self.wq(x).view(B, T, self.n_heads, self.head_dim), by)
+        k = rotate(self.k_norm(self.wk(x)).unsqueeze(2), by).squeeze(2)
         if self.config.index_key_dtype == "int8" and not self.training:  # without a cache too: the same keys selected
             k = pack_int8(k)
         if past_key_values is not None:

@@ -8,7 +8,7 @@ import torch
 
 from dsa import kernels, reference
 from dsa.kernels import BACKENDS
-from dsa.kernels.cpu import loss
+from dsa.kernels.cpu import loss, select, warmup
 from dsa.masks import Visibility
 from dsa.reference import MASKED, attention_logits, mean_softmax
 
@@ -33,9 +33,9 @@ def indexer_kl(
         scaling: the attention's.
         visible: which keys each query sees; padding and other documents are no keys, and padding no query position.
         indices: int [B, T, K] from `select_topk`, the keys that attention really used; None for dense attention.
-        backend: one of `dsa.kernels.BACKENDS`; "gather" works a slab of queries at a time, and "cpu" over selected
-            keys only. When None, "triton" or "cpu" where its kernels take such tensors and "gather" for all others,
-            unless the environment variable DSA_BACKEND says otherwise.
+        backend: one of `dsa.kernels.BACKENDS`; "gather" works a slab of queries at a time. When None, "triton" or "cpu"
+            where its kernels take such tensors and such a mask and "gather" for all others, unless the environment
+            variable DSA_BACKEND says otherwise.
 
     Returns:
         A scalar. All but the reference compute its gradient on the way: nothing of size T x S is kept.
@@ -46,8 +46,9 @@ def indexer_kl(
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: {backend!r} is not one of {BACKENDS}")
     index, kernel = (index_q, index_k, index_weights), None
-    if indices is not None and q.dtype == k.dtype:
-        kernel = (loss, q.dtype, q.shape[1], *k.shape[1::2], *index_q.shape[2:])
+    if q.dtype == k.dtype and (indices is not None or select.fits(visible)):
+        module = warmup if indices is None else loss
+        kernel = (module, q.dtype, q.shape[1], *k.shape[1::2], *index_q.shape[2:])
     if backend == "cpu":
         kernels.require_cpu(q, kernel)
     elif backend is None:
@@ -56,8 +57,10 @@ def indexer_kl(
             backend = "gather"
     if backend == "reference":
         return reference.indexer_kl(*index, q, k, scaling, visible, indices)
-    compute = loss.kl_of_selected if backend == "cpu" else kl_in_slabs
-    if backend == "triton":
+    compute = kl_in_slabs
+    if backend == "cpu":
+        compute = warmup.kl_of_all if indices is None else loss.kl_of_selected
+    elif backend == "triton":
         from dsa.kernels.triton.losses import kl_in_tiles as compute  # needs Triton, which not every platform has
 
     return MeanLoss.apply(compute, *index, q.detach(), k.detach(), scaling, visible, indices)

@@ -27,7 +27,7 @@ from transformers.utils import can_return_tuple
 from dsa.attention import sparse_attention
 from dsa.cache import growing
 from dsa.config import Qwen2DSAConfig
-from dsa.indexer import IndexScores, LightningIndexer
+from dsa.indexer import IndexScores, LightningIndexer, Rotation, rotation
 from dsa.losses import indexer_kl
 from dsa.masks import Slab, Visibility
 from dsa.reference import attention_target
@@ -85,6 +85,7 @@ class Qwen2DSAAttention(Qwen2Attention):
         past_key_values: Cache | None = None,
         position_ids: torch.Tensor | None = None,
         observer: AttentionObserver | None = None,
+        index_rotation: Rotation | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         visible = attention_mask
@@ -99,7 +100,7 @@ class Qwen2DSAAttention(Qwen2Attention):
 
         index = indices = weights = None
         if self.indexer is not None and self.config.selector == "indexer" and (sparse or observer):
-            index = self.indexer(hidden_states, position_ids, past_key_values)
+            index = self.indexer(hidden_states, position_ids, past_key_values, index_rotation)
         if not sparse:
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
             dropout = self.attention_dropout if self.training else 0.0
@@ -193,6 +194,7 @@ class Qwen2DSAModel(Qwen2DSAPreTrainedModel, Qwen2Model):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            index_rotation=rotation(position_ids, self.config) if self.config.attention_mode == "sparse" else None,
             **kwargs,
         )
 

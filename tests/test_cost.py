@@ -62,9 +62,12 @@ def test_decoding_repeats_the_same_token(generate):
     assert row["bound"]["dsa_8"]["bytes"] < row["bound"]["dsa_int8_8"]["bytes"]
 
 
-def test_all_tables_run_on_a_tiny_shape():
+def test_all_tables_run_on_a_tiny_shape(monkeypatch):
+    monkeypatch.setattr(cost, "FLUSHED", 20_000)
     for row in (
         cost.attention_of_a_row(TINY, 32, [8, 64], torch.float32, 1),
+        cost.attention_module(TINY, 32, [8, 64], torch.float32, 1),
+        cost.attention_of_a_token(TINY, 32, [8, 64], torch.float32, 1),
         cost.prefill(TINY, 32, [8], torch.float32, 1),
         cost.training(TINY, 32, [8], False, 1),
         cost.training(TINY, 32, [8], True, 1, layers=1),
@@ -158,6 +161,14 @@ def test_dense_decoding_is_the_fastest_that_pytorch_has():
         "plain products": lambda: repeated_logits(q, k, group).softmax(-1) @ v.repeat_interleave(group, 1),
     }
     assert excess(calls, ("products", "grouped sdpa", "sdpa")) <= 1.1
+
+
+@torch.no_grad()
+def test_the_ways_of_dense_decoding_agree():
+    q, (k, v) = torch.randn(1, 4, 1, 16), torch.randn(2, 1, 2, 50, 16)
+    first, *others = (attend(q, k, v).reshape(1, 4, 16) for attend in cost.DENSE_TOKEN.values())
+    for other in others:
+        torch.testing.assert_close(other, first)
 
 
 @torch.no_grad()
