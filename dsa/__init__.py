@@ -7,15 +7,14 @@ B batch, T query positions, S key positions, H heads, D head size, K selected ke
 import sys
 from importlib import import_module
 
-from transformers import AutoConfig, AutoModelForCausalLM
-
-from dsa.config import Qwen2DSAConfig
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 __version__ = "0.1.0"
 
 # Where each public name comes from. Imported when it is first asked for: transformers' models take seconds.
 _HOMES = {
     "LightningIndexer": "indexer",
+    "Qwen2DSAConfig": "config",
     "Qwen2DSAForCausalLM": "modeling",
     "from_dense": "convert",
     "index_scores": "indexer",
@@ -23,7 +22,7 @@ _HOMES = {
     "select_topk": "selector",
     "sparse_attention": "attention",
 }
-__all__ = ["Qwen2DSAConfig", *_HOMES]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str):
@@ -37,14 +36,14 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _register(config: type, model: str) -> None:
-    """With the Auto classes, as `AutoModelForCausalLM.register` does it, which takes the imported class: so only its
-    name is given here, for which this module is asked, as transformers' own are for theirs."""
-    AutoConfig.register(config.model_type, config)
-    models = AutoModelForCausalLM._model_mapping
-    models._reverse_config_mapping[config.__name__] = config.model_type
-    models._model_mapping[config.model_type] = model
-    models._modules[config.model_type] = sys.modules[__name__]
+def _register(model_type: str, config: str, model: str) -> None:
+    """With AutoConfig and AutoModelForCausalLM, by the names of the classes and the module that has them, as their own
+    are: what their `register` takes would have to be imported first."""
+    this, models = sys.modules[__name__], MODEL_FOR_CAUSAL_LM_MAPPING
+    CONFIG_MAPPING._mapping[model_type] = config
+    models._reverse_config_mapping[config] = model_type
+    models._model_mapping[model_type] = model
+    CONFIG_MAPPING._modules[model_type] = models._modules[model_type] = this
 
 
-_register(Qwen2DSAConfig, "Qwen2DSAForCausalLM")
+_register("qwen2_dsa", "Qwen2DSAConfig", "Qwen2DSAForCausalLM")
