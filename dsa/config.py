@@ -1,4 +1,6 @@
-"""Qwen2DSAConfig: a Qwen2 config with a lightning indexer and a selector."""
+"""DSAConfig: what a config of any family says of the lightning indexer and of the selector."""
+
+from dataclasses import dataclass
 
 from huggingface_hub.dataclasses import strict
 from transformers import Qwen2Config
@@ -7,10 +9,11 @@ ATTENTION_MODES = ("dense", "sparse")
 SELECTORS = ("indexer", "oracle", "window", "sink_window", "random")
 
 
-@strict
-class Qwen2DSAConfig(Qwen2Config):
+@dataclass(kw_only=True, repr=False)
+class DSAConfig:
     r"""
-    Names follow transformers' `DeepseekV32Config`. A config that cannot work raises ValueError.
+    The fields that DSA adds to a family's config. Names follow transformers' `DeepseekV32Config`. A config that cannot
+    work raises ValueError.
 
     index_topk (`int`): keys that each query attends to in sparse mode.
     index_n_heads (`int`): heads of the lightning indexer; 0 leaves the indexer out (dense baseline, control arms).
@@ -27,8 +30,7 @@ class Qwen2DSAConfig(Qwen2Config):
     index_sinks (`int`): first keys that "sink_window" always keeps.
     """
 
-    model_type = "qwen2_dsa"
-
+    layer_types: list[str] | None = None
     index_topk: int = 2048
     index_n_heads: int = 4
     index_head_dim: int = 64
@@ -45,8 +47,9 @@ class Qwen2DSAConfig(Qwen2Config):
         if self.index_rope_dim is None:
             self.index_rope_dim = self.index_head_dim // 2
         super().__post_init__(**kwargs)
-        if self.use_sliding_window:
-            raise ValueError("use_sliding_window: DSA replaces sliding windows")
+        for name in ("use_sliding_window", "sliding_window"):
+            if getattr(self, name, None):
+                raise ValueError(f"{name}: DSA replaces sliding windows")
         if self.attention_mode not in ATTENTION_MODES:
             raise ValueError(f"attention_mode: {self.attention_mode!r} is not one of {ATTENTION_MODES}")
         if self.selector not in SELECTORS:
@@ -63,3 +66,8 @@ class Qwen2DSAConfig(Qwen2Config):
             raise ValueError(f"index_per_kv_head: {self.index_n_heads=} is no multiple of {self.num_key_value_heads=}")
         if self.index_n_heads < 1 and self.attention_mode == "sparse" and self.selector == "indexer":
             raise ValueError("index_n_heads: sparse attention by the indexer needs at least one head")
+
+
+@strict
+class Qwen2DSAConfig(DSAConfig, Qwen2Config):
+    model_type = "qwen2_dsa"

@@ -6,7 +6,7 @@ from transformers import Cache
 from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
 from dsa import kernels
-from dsa.config import Qwen2DSAConfig
+from dsa.config import DSAConfig
 from dsa.kernels.cpu import select
 from dsa.masks import Slab, Visibility
 from dsa.selector import DeferredScores
@@ -136,7 +136,7 @@ class LightningIndexer(nn.Module):
     queries come from the hidden state. No Hadamard rotation: it changes no score.
     """
 
-    def __init__(self, config: Qwen2DSAConfig, layer_idx: int):
+    def __init__(self, config: DSAConfig, layer_idx: int):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
