@@ -4,14 +4,20 @@ Importing the package registers the models with transformers' Auto classes. Shap
 B batch, T query positions, S key positions, H heads, D head size, K selected keys.
 """
 
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from dsa.attention import sparse_attention
-from dsa.config import Qwen2DSAConfig
+from dsa.config import CONFIGS, Qwen2DSAConfig
 from dsa.convert import from_dense
-from dsa.families import load_model
+from dsa.families import MODELS, load_model
 from dsa.indexer import LightningIndexer, index_scores
 from dsa.losses import indexer_kl
 from dsa.modeling import DSAForCausalLM, Qwen2DSAForCausalLM
 from dsa.selector import select_topk
+
+for family, config in CONFIGS.items():
+    AutoConfig.register(config.model_type, config)
+    AutoModelForCausalLM.register(config, MODELS[family])
 
 __all__ = [
     "DSAForCausalLM",

@@ -1,11 +1,16 @@
-"""DSAConfig: what a config of any family says of the lightning indexer and of the selector."""
+"""DSAConfig: what a config says of the lightning indexer and of the selector, and the families that have one."""
 
 from dataclasses import dataclass
 
 from huggingface_hub.dataclasses import strict
-from transformers import Qwen2Config
+from transformers import CONFIG_MAPPING, PreTrainedConfig, Qwen2Config
 
 ATTENTION_MODES = ("dense", "sparse")
+# By transformers' model_type: decoders of multi-head or grouped-query attention with RoPE, over all earlier tokens.
+FAMILIES = (
+    *("arcee", "ernie4_5", "gemma", "glm", "glm4", "granite", "helium", "hyperclovax"),
+    *("jais2", "llama", "mistral", "qwen2", "qwen3"),
+)
 SELECTORS = ("indexer", "oracle", "window", "sink_window", "random")
 
 
@@ -71,3 +76,31 @@ class DSAConfig:
 @strict
 class Qwen2DSAConfig(DSAConfig, Qwen2Config):
     model_type = "qwen2_dsa"
+
+
+def family_config(model_type: str) -> type[DSAConfig]:
+    """A family's config class with the fields of DSA, as `Qwen2DSAConfig` is Qwen2's."""
+    base = CONFIG_MAPPING[model_type]
+    name = base.__name__.replace("Config", "DSAConfig")
+    return strict(type(name, (DSAConfig, base), {"model_type": f"{model_type}_dsa"}))
+
+
+CONFIGS: dict[str, type[DSAConfig]] = {name: family_config(name) for name in FAMILIES if name != "qwen2"}
+CONFIGS["qwen2"] = Qwen2DSAConfig
+globals().update({config.__name__: config for config in CONFIGS.values()})  # where pickle looks for a class
+
+
+def config_class_of(dense: PreTrainedConfig) -> type[DSAConfig]:
+    """That of a dense model's family. Raises ValueError, one line that says why, where there is none."""
+    model_type = dense.model_type
+    if model_type in CONFIGS:
+        return CONFIGS[model_type]
+    if hasattr(dense, "kv_lora_rank"):
+        why = "latent attention, for which transformers' deepseek_v32 has an indexer"
+    elif getattr(dense, "alibi", False) or model_type in ("bloom", "mpt"):
+        why = "ALiBi, and the indexer is made for RoPE"
+    elif getattr(dense, "sliding_window", None) or "sliding_attention" in (getattr(dense, "layer_types", None) or ()):
+        why = "sliding windows, which DSA replaces"
+    else:
+        why = f"none of {', '.join(FAMILIES)}"
+    raise ValueError(f"no DSA for a {model_type!r} model: {why}")

@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from dsa.config import DSAConfig
-from dsa.families import family_of
+from dsa.config import DSAConfig, config_class_of
+from dsa.families import MODELS
 from dsa.modeling import DSAForCausalLM
 
 
 def config_of(dense: PreTrainedConfig, **fields) -> DSAConfig:
     """A dense model's config with further fields. Raises ValueError for a family without DSA and what cannot work."""
-    config_class = family_of(dense).config_class
+    config_class = config_class_of(dense)
     kept = dense.to_dict()
     for name in ("model_type", "architectures", "layer_types", "transformers_version"):
         kept.pop(name, None)
@@ -30,7 +30,7 @@ def from_dense(
     dtype: torch.dtype | str = "auto",
     **config,
 ) -> DSAForCausalLM:
-    """Add lightning indexers to a dense model of one of `dsa.families.FAMILIES`.
+    """Add lightning indexers to a dense model of one of `dsa.config.FAMILIES`.
 
     Args:
         model_or_path: a model such as `Qwen2ForCausalLM`, or what `AutoModelForCausalLM.from_pretrained` takes.
@@ -52,7 +52,7 @@ def from_dense(
     new_config._attn_implementation = dense.config._attn_implementation
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = family_of(dense.config)(new_config)
+        model = MODELS[dense.config.model_type](new_config)
     model.to(dense.device)
     for name, parameter in model.named_parameters():
         if "indexer.weights_proj" not in name:  # stays in float32, see modeling

@@ -8,7 +8,8 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from dsa import from_dense
-from dsa.families import FAMILIES, family_of
+from dsa.config import FAMILIES, config_class_of
+from dsa.families import MODELS
 from tests.conftest import error_ratio, small_model
 
 TINY = {"n_heads": 4, "head_dim": 8}
@@ -40,7 +41,7 @@ def dense_of(model_type):
     return model
 
 
-@pytest.fixture(params=sorted(FAMILIES))
+@pytest.fixture(params=FAMILIES)
 def dense(request):
     return dense_of(request.param)
 
@@ -132,7 +133,7 @@ def test_save_and_load_through_the_auto_classes(dense, ids, tmp_path):
     config = AutoConfig.from_pretrained(tmp_path)
     assert type(config) is type(model.config) and config.to_diff_dict() == model.config.to_diff_dict()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert type(loaded) is type(model) is FAMILIES[dense.config.model_type]
+    assert type(loaded) is type(model) is MODELS[dense.config.model_type]
     assert loaded.model.layers[0].self_attn.indexer.weights_proj.weight.dtype == torch.float32
     for copied in (loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(copied(ids).logits, model(ids).logits)
@@ -170,7 +171,7 @@ def test_llama_keeps_its_scaled_rope():
 def test_a_family_that_cannot_work_is_refused_in_one_line(model_type, fields, line):
     config = CONFIG_MAPPING[model_type](**fields)
     with pytest.raises(ValueError, match=f"^{line}") as error:
-        family_of(config)
+        config_class_of(config)
         small = {"num_hidden_layers": 1, "hidden_size": 16, "vocab_size": 8, "num_attention_heads": 2}
         small |= {"num_key_value_heads": 1, "intermediate_size": 8, "head_dim": 8}
         from_dense(AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**fields | small)), topk=6, **TINY)
