@@ -6,6 +6,7 @@ B batch, T query positions, S key positions, H heads, D head size, K selected ke
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dsa.adapter import load_indexer, save_indexer
 from dsa.attention import sparse_attention
 from dsa.config import CONFIGS, Qwen2DSAConfig
 from dsa.convert import from_dense
@@ -27,7 +28,9 @@ __all__ = [
     "from_dense",
     "index_scores",
     "indexer_kl",
+    "load_indexer",
     "load_model",
+    "save_indexer",
     "select_topk",
     "sparse_attention",
 ]
