@@ -10,6 +10,7 @@ from dsa.adapter import load_indexer, save_indexer
 from dsa.attention import sparse_attention
 from dsa.config import CONFIGS, Qwen2DSAConfig
 from dsa.convert import from_dense
+from dsa.export import export_model
 from dsa.families import MODELS, load_model
 from dsa.indexer import LightningIndexer, index_scores
 from dsa.losses import indexer_kl
@@ -25,6 +26,7 @@ __all__ = [
     "LightningIndexer",
     "Qwen2DSAConfig",
     "Qwen2DSAForCausalLM",
+    "export_model",
     "from_dense",
     "index_scores",
     "indexer_kl",
