@@ -62,10 +62,10 @@ def split_kv_heads(index: Index, q, k, v, visible: Visibility) -> tuple:
     """The key-value heads as rows of the batch, B * Hkv of them, each with its query heads and its index heads."""
     index_q, index_k, weights = index
     (B, Hkv, S, D), T = k.shape, q.shape[2]
-    index_q = index_q.reshape(B, T, Hkv, -1, index_q.shape[-1]).transpose(1, 2).flatten(0, 1)
-    weights = weights.reshape(B, T, Hkv, -1).transpose(1, 2).flatten(0, 1)
-    index = index_q, index_k.repeat_interleave(Hkv, dim=0), weights
-    q = q.reshape(B * Hkv, -1, T, D)
+    index_q = index_q.reshape(B, T, Hkv, -1, index_q.shape[-1]).transpose(1, 2).flatten(0, 1)  # (B*Hkv, T, H / Hkv, DI)
+    weights = weights.reshape(B, T, Hkv, -1).transpose(1, 2).flatten(0, 1)  # (B*Hkv, T, H / Hkv)
+    index = index_q, index_k.repeat_interleave(Hkv, dim=0), weights  # keys (B*Hkv, S, DI)
+    q = q.reshape(B * Hkv, -1, T, D)  # (B*Hkv, Hq / Hkv, T, D)
     return index, q, k.reshape(B * Hkv, 1, S, D), v.reshape(B * Hkv, 1, S, D), visible.repeat(Hkv)
 
 
@@ -97,14 +97,14 @@ class DSAAttention:
         visible = attention_mask
         sparse = self.config.attention_mode == "sparse"
         B, T, _ = hidden_states.shape
-        q, k, v = (x.transpose(1, 2) for x in self.project(hidden_states))
+        q, k, v = (x.transpose(1, 2) for x in self.project(hidden_states))  # (B, Hq, T, D), (B, Hkv, T, D) twice
         q, k = self.apply_rotary(q, k, *position_embeddings)
         if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+            k, v = past_key_values.update(k, v, self.layer_idx)  # (B, Hkv, S, D)
 
         index = indices = weights = None
         if self.indexer is not None and self.config.selector == "indexer" and (sparse or observer):
-            index = self.indexer(hidden_states, position_ids, past_key_values)
+            index = self.indexer(hidden_states, position_ids, past_key_values)  # (B, T, H, DI), (B, S, DI), (B, T, H)
         if not sparse:
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
             dropout = self.attention_dropout if self.training else 0.0
@@ -113,7 +113,7 @@ class DSAAttention:
             index, q, k, v, visible = split_kv_heads(index, q, k, v, visible)
         if sparse:
             q, k = q.to(v.dtype), k.to(v.dtype)  # RoPE leaves float32 under autocast
-            indices = self.select(index, q, k, visible)
+            indices = self.select(index, q, k, visible)  # (B, T, K)
             out = sparse_attention(q, k, v, indices, self.scaling).reshape(B, -1, T, self.head_dim).transpose(1, 2)
         if observer is not None:
             observer.observe(self, index, q, k, visible, indices)
@@ -127,9 +127,9 @@ class DSAAttention:
         if selector == "indexer":
             return select_topk(IndexScores(*index, visible, heads), topk)
         if selector in ("window", "sink_window") and visible.causal_only:
-            positions = torch.arange(visible.length, device=q.device) + visible.offset
+            positions = torch.arange(visible.length, device=q.device) + visible.offset  # (T)
             sinks = sinks if selector == "sink_window" else 0
-            return latest_keys(positions, topk, k.shape[2], sinks).expand(len(q), -1, -1)
+            return latest_keys(positions, topk, k.shape[2], sinks).expand(len(q), -1, -1)  # (B, T, K)
 
         def rows(slab: Slab) -> torch.Tensor:
             if selector == "oracle":
@@ -187,7 +187,7 @@ class DSAModel(DSASettings):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = self.embed_tokens(input_ids)  # (B, T, hidden)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
             use_cache = False
@@ -226,12 +226,12 @@ class DSAModel(DSASettings):
             return Visibility(length, explicit.shape[-1], offset, explicit=explicit, dense_mask=attention_mask)
         key_mask = documents = dense_mask = None
         if attention_mask is not None and not attention_mask.all():
-            key_mask = attention_mask.bool()
+            key_mask = attention_mask.bool()  # (B, S), or fewer keys where the cache is static
             key_mask = torch.nn.functional.pad(key_mask, (0, max(0, keys - key_mask.shape[1])))[:, :keys]
         if packed is not None:
-            starts = torch.nn.functional.pad(packed.diff(dim=-1) != 1, (1, 0))
+            starts = torch.nn.functional.pad(packed.diff(dim=-1) != 1, (1, 0))  # (B, T), True where one begins
             if starts.any():
-                documents = starts.cumsum(-1)
+                documents = starts.cumsum(-1)  # (B, T)
         if self.config.attention_mode == "dense":
             dense_mask = create_causal_mask(
                 config=self.config,
