@@ -1,6 +1,7 @@
-"""The indexer alone: a few MB beside a base model that stays as published, for those who may not or will not retrain.
+"""The indexer alone: a small file beside a base model that stays as published.
 
-After the dense warm-up the backbone is the base's, bit for bit: all that was learnt is in the indexers.
+For those who may not or will not retrain. After the dense warm-up the backbone is the base's, bit for bit: all that was
+learnt is in the indexers.
 """
 
 import json
