@@ -1,6 +1,6 @@
-"""DeepSeek Sparse Attention on Qwen2: lightning indexer, top-k selector, sparse attention, losses, model.
+"""DeepSeek Sparse Attention on dense models: lightning indexer, top-k selector, sparse attention, losses, model.
 
-Importing the package registers the model with transformers' Auto classes. Shape letters, the same everywhere:
+Importing the package registers the models with transformers' Auto classes. Shape letters, the same everywhere:
 B batch, T query positions, S key positions, H heads, D head size, K selected keys.
 """
 
@@ -9,16 +9,23 @@ from importlib import import_module
 
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
+from dsa.config import FAMILIES, class_name
+
 __version__ = "0.1.0"
 
 # Where each public name comes from. Imported when it is first asked for: transformers' models take seconds.
 _HOMES = {
+    "DSAForCausalLM": "modeling",
     "LightningIndexer": "indexer",
     "Qwen2DSAConfig": "config",
     "Qwen2DSAForCausalLM": "modeling",
+    "export_model": "export",
     "from_dense": "convert",
     "index_scores": "indexer",
     "indexer_kl": "losses",
+    "load_indexer": "adapter",
+    "load_model": "families",
+    "save_indexer": "adapter",
     "select_topk": "selector",
     "sparse_attention": "attention",
 }
@@ -36,14 +43,18 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _register(model_type: str, config: str, model: str) -> None:
+def _register(family: str) -> None:
     """With AutoConfig and AutoModelForCausalLM, by the names of the classes and the module that has them, as their own
     are: what their `register` takes would have to be imported first."""
-    this, models = sys.modules[__name__], MODEL_FOR_CAUSAL_LM_MAPPING
+    model_type, config, model = f"{family}_dsa", class_name(family, "Config"), class_name(family, "ForCausalLM")
+    _HOMES.setdefault(config, "config")
+    _HOMES.setdefault(model, "families")
     CONFIG_MAPPING._mapping[model_type] = config
-    models._reverse_config_mapping[config] = model_type
-    models._model_mapping[model_type] = model
-    CONFIG_MAPPING._modules[model_type] = models._modules[model_type] = this
+    MODEL_FOR_CAUSAL_LM_MAPPING._reverse_config_mapping[config] = model_type
+    MODEL_FOR_CAUSAL_LM_MAPPING._model_mapping[model_type] = model
+    for mapping in (CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+        mapping._modules[model_type] = sys.modules[__name__]
 
 
-_register("qwen2_dsa", "Qwen2DSAConfig", "Qwen2DSAForCausalLM")
+for family in FAMILIES:
+    _register(family)

@@ -6,7 +6,7 @@ from transformers import Cache
 from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
 from dsa import kernels
-from dsa.config import Qwen2DSAConfig
+from dsa.config import DSAConfig
 from dsa.kernels.cpu import select
 from dsa.masks import Slab, Visibility
 from dsa.selector import DeferredScores
@@ -18,7 +18,7 @@ SCALE_BYTES = 4  # of an int8 key's float32 scale
 def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x [..., D] -> int8 [..., D] and float32 scales [..., 1], the largest of a vector being 127 times its scale."""
     x = x.detach().float()
-    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127  # (..., 1)
     return (x / scale).round().to(torch.int8), scale
 
 
@@ -49,7 +49,7 @@ def index_scores(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> tor
     if k.dtype != torch.int8:
         return _scores(q, k, weights)
     (q, q_scale), (k, k_scale) = quantize(q), unpack_int8(k)
-    weights = weights.detach() * q_scale.squeeze(-1)
+    weights = weights.detach() * q_scale.squeeze(-1)  # (B, T, H)
     if not _decoding(q):
         q, k = q.float(), k.float()  # where sums of a thousand products of int8 are exact too
     return _scores(q, k, weights).mul_(k_scale.transpose(1, 2))
@@ -92,7 +92,7 @@ def _scores(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> torch.Te
     with torch.autocast(q.device.type, enabled=False):
         if _decoding(q) and not wanted:
             return _decoding_scores(q, k, weights.float() * scale)
-        dots = (q.float().reshape(B, T * H, D) @ k.float().transpose(1, 2)).view(B * T, H, -1)
+        dots = (q.float().reshape(B, T * H, D) @ k.float().transpose(1, 2)).view(B * T, H, -1)  # (B * T, H, S)
         scores = (weights.float() * scale).reshape(B * T, 1, H) @ dots.relu_()  # (B*T, 1, S)
         return scores.view(B, T, -1)
 
@@ -107,7 +107,7 @@ def _decoding_scores(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) ->
             dots = torch._int_mm(q[b, 0], k[b].T).float()  # (H, S)
             torch.mv(dots.relu_().T, weights[b, 0], out=scores[b, 0])
             continue
-        queries = q[b, 0].float().T
+        queries = q[b, 0].float().T  # (D, H)
         for start in range(0, S, TILE):
             tile = slice(start, start + TILE)
             dots = k[b, tile].float() @ queries  # (TILE, H)
@@ -119,12 +119,12 @@ def rotate(x: torch.Tensor, position_ids: torch.Tensor, dim: int, theta: float) 
     """RoPE, half-split, on the first `dim` dims of x[B, T, ..., D], frequencies theta^(-2i/dim)."""
     if dim == 0:
         return x
-    frequency = theta ** (-torch.arange(0, dim, 2, device=x.device, dtype=torch.float32) / dim)
+    frequency = theta ** (-torch.arange(0, dim, 2, device=x.device, dtype=torch.float32) / dim)  # (dim / 2)
     angle = position_ids[..., None].float() * frequency  # (B or 1, T, dim/2)
-    angle = torch.cat([angle, angle], dim=-1)
+    angle = torch.cat([angle, angle], dim=-1)  # (B or 1, T, dim)
     while angle.dim() < x.dim():
         angle = angle.unsqueeze(-2)
-    head = x[..., :dim].float()
+    head = x[..., :dim].float()  # (B, T, ..., dim)
     head = head * angle.cos() + rotate_half(head) * angle.sin()
     return torch.cat([head.to(x.dtype), x[..., dim:]], dim=-1)
 
@@ -136,7 +136,7 @@ class LightningIndexer(nn.Module):
     queries come from the hidden state. No Hadamard rotation: it changes no score.
     """
 
-    def __init__(self, config: Qwen2DSAConfig, layer_idx: int):
+    def __init__(self, config: DSAConfig, layer_idx: int):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -162,14 +162,14 @@ class LightningIndexer(nn.Module):
             q [B, T, H, D], k [B, S, D], weights float32 [B, T, H]. Where the config says int8 and this is no training,
             k is int8 [B, S, D + 4], see `pack_int8`.
         """
-        x = hidden_states.detach()
+        x = hidden_states.detach()  # (B, T, hidden)
         B, T, _ = x.shape
         q = rotate(self.wq(x).view(B, T, self.n_heads, self.head_dim), position_ids, self.rope_dim, self.rope_theta)
-        k = rotate(self.k_norm(self.wk(x)), position_ids, self.rope_dim, self.rope_theta)
+        k = rotate(self.k_norm(self.wk(x)), position_ids, self.rope_dim, self.rope_theta)  # (B, T, D)
         if self.config.index_key_dtype == "int8" and not self.training:  # without a cache too: the same keys selected
             k = pack_int8(k)
         if past_key_values is not None:
-            k = past_key_values.update_indexer(k, self.layer_idx)
+            k = past_key_values.update_indexer(k, self.layer_idx)  # (B, S, D), or D + 4 in int8
         with torch.autocast(x.device.type, enabled=False):  # few numbers that scale every score: full precision
-            weights = nn.functional.linear(x.float(), self.weights_proj.weight.float())
+            weights = nn.functional.linear(x.float(), self.weights_proj.weight.float())  # (B, T, H)
         return q, k, weights
