@@ -1,29 +1,35 @@
-"""DeepSeek Sparse Attention on Qwen2: lightning indexer, top-k selector, sparse attention, losses, model.
+"""DeepSeek Sparse Attention on dense models: lightning indexer, top-k selector, sparse attention, losses, model.
 
-Importing the package registers the model with transformers' Auto classes. Shape letters, the same everywhere:
+Importing the package registers the models with transformers' Auto classes. Shape letters, the same everywhere:
 B batch, T query positions, S key positions, H heads, D head size, K selected keys.
 """
 
 import sys
 from importlib import import_module
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-from dsa.config import Qwen2DSAConfig
+from dsa.config import FAMILIES, class_name
 
 __version__ = "0.1.0"
 
 # Where each public name comes from. Imported when it is first asked for: transformers' models take seconds.
 _HOMES = {
+    "DSAForCausalLM": "modeling",
     "LightningIndexer": "indexer",
+    "Qwen2DSAConfig": "config",
     "Qwen2DSAForCausalLM": "modeling",
+    "export_model": "export",
     "from_dense": "convert",
     "index_scores": "indexer",
     "indexer_kl": "losses",
+    "load_indexer": "adapter",
+    "load_model": "families",
+    "save_indexer": "adapter",
     "select_topk": "selector",
     "sparse_attention": "attention",
 }
-__all__ = ["Qwen2DSAConfig", *_HOMES]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str):
@@ -37,14 +43,18 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _register(config: type, model: str) -> None:
-    """With the Auto classes, as `AutoModelForCausalLM.register` does it, which takes the imported class: so only its
-    name is given here, for which this module is asked, as transformers' own are for theirs."""
-    AutoConfig.register(config.model_type, config)
-    models = AutoModelForCausalLM._model_mapping
-    models._reverse_config_mapping[config.__name__] = config.model_type
-    models._model_mapping[config.model_type] = model
-    models._modules[config.model_type] = sys.modules[__name__]
+def _register(family: str) -> None:
+    """With AutoConfig and AutoModelForCausalLM, by the names of the classes and the module that has them, as their own
+    are: what their `register` takes would have to be imported first."""
+    model_type, config, model = f"{family}_dsa", class_name(family, "Config"), class_name(family, "ForCausalLM")
+    _HOMES.setdefault(config, "config")
+    _HOMES.setdefault(model, "families")
+    CONFIG_MAPPING._mapping[model_type] = config
+    MODEL_FOR_CAUSAL_LM_MAPPING._reverse_config_mapping[config] = model_type
+    MODEL_FOR_CAUSAL_LM_MAPPING._model_mapping[model_type] = model
+    for mapping in (CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+        mapping._modules[model_type] = sys.modules[__name__]
 
 
-_register(Qwen2DSAConfig, "Qwen2DSAForCausalLM")
+for family in FAMILIES:
+    _register(family)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 from trl import DPOConfig
 
-from dsa import Qwen2DSAForCausalLM
+from dsa import DSAForCausalLM, load_model
 from dsa.data.rows import prompt_key, tokenize_pair
 from dsa.evaluation.predictions import greedy
 from dsa.training.dpo import DSADPOTrainer, PairScores, as_dataset, score_pair
@@ -43,7 +43,7 @@ def on_disk(pairs: list[dict], folder: Path) -> Dataset:
     return Dataset.load_from_disk(folder)
 
 
-def trainer_of(model: Qwen2DSAForCausalLM, tokenizer, p: params.Params, folder: Path) -> DSADPOTrainer:
+def trainer_of(model: DSAForCausalLM, tokenizer, p: params.Params, folder: Path) -> DSADPOTrainer:
     dpo = p.dpo
     trains_indexer = model.config.index_n_heads > 0 and dpo.indexer == "kl"
     freeze(model, backbone=False, indexer=not trains_indexer)
@@ -64,7 +64,7 @@ def trainer_of(model: Qwen2DSAForCausalLM, tokenizer, p: params.Params, folder: 
     )
 
 
-def generate(tokenizer, reference: Qwen2DSAForCausalLM, model: Qwen2DSAForCausalLM, examples: list[dict]) -> list[dict]:
+def generate(tokenizer, reference: DSAForCausalLM, model: DSAForCausalLM, examples: list[dict]) -> list[dict]:
     """Greedy answers before and after, beside the chosen one."""
     return [
         {
@@ -97,14 +97,14 @@ def optimise(arm: str, p: params.Params, folder: Path) -> None:
     metrics: dict = {}
     with measured(metrics):
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = Qwen2DSAForCausalLM.from_pretrained(source, dtype="float32")
+        model = load_model(source, dtype="float32")
         held_out = list(islice(read_rows(PAIRS / "test.jsonl.gz"), dpo.held_out))
         test = [tokenize_pair(tokenizer, pair) for pair in held_out]
         trainer = trainer_of(model, tokenizer, p, folder)
         result = run(trainer, folder)
         if not trainer.is_world_process_zero():
             return
-        reference = Qwen2DSAForCausalLM.from_pretrained(source, dtype="float32").eval().to(model.device)
+        reference = load_model(source, dtype="float32").eval().to(model.device)
         model.eval()
         # In float32: bfloat16 would round the logits by as much as the policy moves.
         scores = [score_pair(model, reference, example) for example in tqdm(test, desc="held-out pairs")]

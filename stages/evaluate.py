@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from dsa import Qwen2DSAForCausalLM
+from dsa import DSAForCausalLM, load_model
 from dsa.data.rows import END_OF_TURN, IGNORE, examples
 from dsa.evaluation.predictions import (
     Heatmap,
@@ -83,7 +83,7 @@ def summarize(tokenizer, rows: list[dict], texts: list[dict], predictions: list[
     }, lookups
 
 
-def generate(model: Qwen2DSAForCausalLM, tokenizer, rows: list[dict], texts: list[dict], count: int) -> list[dict]:
+def generate(model: DSAForCausalLM, tokenizer, rows: list[dict], texts: list[dict], count: int) -> list[dict]:
     """Greedy answers to the first question of the first look-up rows, or of any where there are none, and the truth."""
     samples = []
     wanted = [row for row, text in zip(rows, texts, strict=True) if is_lookup(text)] or rows
@@ -101,7 +101,7 @@ def generate(model: Qwen2DSAForCausalLM, tokenizer, rows: list[dict], texts: lis
     return samples
 
 
-def retrieval(model: Qwen2DSAForCausalLM, tokenizer, grid) -> list[dict]:
+def retrieval(model: DSAForCausalLM, tokenizer, grid) -> list[dict]:
     """Key-value retrieval by length and depth: exact values, and the share of their tokens that is right."""
     found = []
     for length in grid.lengths:
@@ -117,14 +117,14 @@ def retrieval(model: Qwen2DSAForCausalLM, tokenizer, grid) -> list[dict]:
     return found
 
 
-def selection(model: Qwen2DSAForCausalLM, rows: list[dict], topk: int) -> dict[str, list[float]]:
+def selection(model: DSAForCausalLM, rows: list[dict], topk: int) -> dict[str, list[float]]:
     """Mass@k, oracle's mass@k and recall@k of each layer, means over the rows of more than k tokens; 1 if none is."""
     rows = [row for row in rows if len(row["input_ids"]) > topk] or rows[:1]
     each = [attention_mass(model, torch.tensor([r["input_ids"]], device=model.device), topk) for r in rows]
     return {name: [round(float(x), 4) for x in np.mean([e[name] for e in each], axis=0)] for name in each[0]}
 
 
-def heatmap(model: Qwen2DSAForCausalLM, row: dict, queries: int = 256) -> dict[str, np.ndarray]:
+def heatmap(model: DSAForCausalLM, row: dict, queries: int = 256) -> dict[str, np.ndarray]:
     """The last queries of a row, middle layer: what attention wanted and what the indexer offers, [queries, keys]."""
     layer = model.config.num_hidden_layers // 2
     observer = Heatmap(layer, queries)
@@ -139,7 +139,7 @@ class Evaluation:
     def __init__(self, group: arms.Group, p: params.Params):
         path, self.p, self.options = Path("data/long/test.jsonl.gz"), p, p.evaluate
         topk = {"index_topk": p.topk} if group.sparse else {}
-        self.model = Qwen2DSAForCausalLM.from_pretrained(group.model, dtype="float32", **topk).eval()
+        self.model = load_model(group.model, dtype="float32", **topk).eval()
         if torch.cuda.is_available():
             self.model.cuda()
         self.tokenizer = AutoTokenizer.from_pretrained(group.model)

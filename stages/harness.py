@@ -53,11 +53,11 @@ def score(arm: str, harness, seed: int) -> dict[str, dict[str, float]]:
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoTokenizer
 
-    from dsa import Qwen2DSAForCausalLM
+    from dsa import load_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "bfloat16" if device == "cuda" else "float32"
-    model = Qwen2DSAForCausalLM.from_pretrained(f"models/{arm}", dtype=dtype).eval().to(device)
+    model = load_model(f"models/{arm}", dtype=dtype).eval().to(device)
     tokenizer = AutoTokenizer.from_pretrained(f"models/{arm}")
     lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1, max_length=harness.max_length)
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, Traini
 
 from dsa.data.rows import Collator, end_ids, examples
 from dsa.machine import cores, supports_bf16
-from dsa.modeling import Qwen2DSAForCausalLM
+from dsa.modeling import DSAForCausalLM
 from dsa.training.trainer import DSATrainer, MassProbe, StopOnSignal, TokenProgress
 from stages.common import measured, owned, scratch, versions
 from stages.files import read_rows, write_json
@@ -168,7 +168,7 @@ def first_and_last(curve: pd.DataFrame) -> dict[str, dict[str, float]]:
 
 def train(
     stage: str,
-    model: Qwen2DSAForCausalLM,
+    model: DSAForCausalLM,
     section: Training,
     *,
     seed: int,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from dsa.kernels.cpu import build
 
@@ -17,25 +17,25 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
 
-def small_model() -> Qwen2ForCausalLM:
-    """A small random Qwen2 with grouped queries and weights large enough for attention to have opinions."""
+def small_model(model_type: str = "qwen2", **changes) -> PreTrainedModel:
+    """A small random dense model with grouped queries and weights large enough for attention to have opinions."""
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=97,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=16,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
-    )
-    return Qwen2ForCausalLM(config).eval()
+    config = {
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
+    }
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**config | changes)).eval()
 
 
 @pytest.fixture

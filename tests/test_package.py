@@ -21,11 +21,13 @@ assert not slow, slow
 from transformers import AutoConfig, AutoModelForCausalLM
 config = AutoConfig.for_model("qwen2_dsa", vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
                               num_attention_heads=1, num_key_value_heads=1)
-assert type(config) is dsa.Qwen2DSAConfig and type(config) in AutoModelForCausalLM._model_mapping
+mapping = AutoModelForCausalLM._model_mapping
+assert type(config) is dsa.Qwen2DSAConfig and type(config) in mapping
 assert "dsa.modeling" not in sys.modules
 AutoModelForCausalLM.from_config(config).save_pretrained("model")
 model = AutoModelForCausalLM.from_pretrained("model")
-assert type(model) is dsa.Qwen2DSAForCausalLM is AutoModelForCausalLM._model_mapping[dsa.Qwen2DSAConfig]
+assert type(model) is dsa.Qwen2DSAForCausalLM is mapping[dsa.Qwen2DSAConfig]
+assert type(AutoConfig.from_pretrained("model")) is dsa.Qwen2DSAConfig
 """
 # What README's lines take for granted.
 BEFORE = """

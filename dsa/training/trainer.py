@@ -16,10 +16,10 @@ from torch.utils.data import RandomSampler
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from dsa.evaluation.predictions import attention_mass
-from dsa.modeling import Qwen2DSAForCausalLM
+from dsa.modeling import DSAForCausalLM
 
 
-def freeze(model: Qwen2DSAForCausalLM, *, backbone: bool, indexer: bool) -> None:
+def freeze(model: DSAForCausalLM, *, backbone: bool, indexer: bool) -> None:
     """Freeze (True) or train (False) the two halves of the model."""
     for parameter in model.backbone_parameters():
         parameter.requires_grad_(not backbone)
@@ -48,7 +48,7 @@ class SplitOptimizer:
     Only what is not frozen is trained, and only that has optimizer state.
     """
 
-    def __init__(self, model: Qwen2DSAForCausalLM, *args, indexer_learning_rate: float | None = None, **kwargs):
+    def __init__(self, model: DSAForCausalLM, *args, indexer_learning_rate: float | None = None, **kwargs):
         self.trains_indexer = any(p.requires_grad for p in model.indexer_parameters())
         self.trains_backbone = any(p.requires_grad for p in model.backbone_parameters())
         self.indexer_learning_rate = indexer_learning_rate
