@@ -95,6 +95,7 @@ class DSAAttention:
         index_rotation: Rotation | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        past_key_values = kwargs.pop("cache", past_key_values)  # its name from transformers 5.24 on
         visible = attention_mask
         sparse = self.config.attention_mode == "sparse"
         B, T, _ = hidden_states.shape
@@ -186,6 +187,7 @@ class DSAModel(DSASettings):
     ) -> BaseModelOutputWithPast:
         """As the family's own. `attention_mask` is [B, S] (1 token, 0 padding), or a whole [B, 1, T, S] mask;
         `position_ids` that restart within a row, with neither mask nor cache, mark packed documents."""
+        past_key_values = kwargs.pop("cache", past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
@@ -284,6 +286,7 @@ class DSAForCausalLM(DSASettings):
         output_indexer_kl: also compute the indexer's loss, `indexer_kl` in the output. Its gradient reaches the
             indexer only, that of `loss` everything else.
         """
+        past_key_values = kwargs.pop("cache", past_key_values)
         if output_indexer_kl:
             kwargs["observer"] = indexer_loss = IndexerLoss()
         outputs = super().forward(
