@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import shutil
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -63,9 +64,9 @@ def checkpoints(stage: str) -> Path:
 
 def last_checkpoint(folder: Path) -> str | None:
     """The newest complete checkpoint; one that a kill cut short is deleted."""
-    complete = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "model.safetensors")
+    complete = ("trainer_state.json", "optimizer.*", "scheduler.pt", "model.safetensors")  # FSDP's: optimizer.bin
     for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
-        if all((path / name).exists() for name in complete):
+        if all(any(path.glob(name)) for name in complete):
             try:
                 json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
             except ValueError:
@@ -84,8 +85,16 @@ def ignore_launcher() -> None:
     Raises ParamsError for what cannot be put aside, or would be true of this stage alone.
     """
     asked = {name.removeprefix("ACCELERATE_") for name, value in os.environ.items() if value.lower() in ("true", "1")}
-    if sharded := asked & {"USE_DEEPSPEED", "USE_FSDP", "USE_MEGATRON_LM", "USE_PARALLELISM_CONFIG"}:
-        raise ParamsError(f"accelerate's config: {sharded.pop().lower()}: processes here share the batch and no more")
+    if untried := asked & {"USE_DEEPSPEED", "USE_MEGATRON_LM", "USE_PARALLELISM_CONFIG"}:
+        raise ParamsError(
+            f"accelerate's config: {untried.pop().lower()}: not with these stages, see docs/distributed.md"
+        )
+    if "USE_FSDP" in asked:
+        for name, needed in (("FSDP_VERSION", "2"), ("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")):
+            if (given := os.environ.get(name)) != needed:
+                raise ParamsError(
+                    f"accelerate's config: {name.lower()}: {given} is not {needed}, see docs/distributed.md"
+                )
     if "USE_CPU" in asked and torch.cuda.is_available():
         raise ParamsError("accelerate's config: use_cpu: hide the GPU from all stages, by CUDA_VISIBLE_DEVICES=")
     for name in list(os.environ):
@@ -145,6 +154,21 @@ def run(trainer: Trainer, folder: Path) -> dict:
         "resumed_at_step": resumed_at,
         "precision": PRECISIONS[trainer.accelerator.mixed_precision],
     }
+
+
+def whole(trainer: Trainer, build: Callable[[], Qwen2DSAForCausalLM]) -> Qwen2DSAForCausalLM | None:
+    """The trained model; where it is sharded, one from `build` with its weights in the first process, None in others.
+
+    All processes have to call it.
+    """
+    if not trainer.is_fsdp_enabled:
+        return trainer.model
+    state = trainer.accelerator.get_state_dict(trainer.model)
+    if not trainer.is_world_process_zero():
+        return None
+    model = build()
+    model.load_state_dict(state)
+    return model
 
 
 def first_and_last(curve: pd.DataFrame) -> dict[str, dict[str, float]]:
