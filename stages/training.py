@@ -4,13 +4,12 @@ import gc
 import json
 import os
 import shutil
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
 import pandas as pd
 import torch
-from transformers import AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from dsa.data.rows import Collator, end_ids, examples
 from dsa.machine import cores, supports_bf16
@@ -156,19 +155,17 @@ def run(trainer: Trainer, folder: Path) -> dict:
     }
 
 
-def whole(trainer: Trainer, build: Callable[[], Qwen2DSAForCausalLM]) -> Qwen2DSAForCausalLM | None:
-    """The trained model; where it is sharded, one from `build` with its weights in the first process, None in others.
-
-    All processes have to call it.
-    """
-    if not trainer.is_fsdp_enabled:
-        return trainer.model
-    state = trainer.accelerator.get_state_dict(trainer.model)
+def whole(trainer: Trainer) -> Qwen2DSAForCausalLM | None:
+    """The trained model, in the first process; None in the others. All call it: they may hold a shard each."""
+    state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     if not trainer.is_world_process_zero():
         return None
-    model = build()
+    if state is None:
+        return trainer.model
+    model = AutoModelForCausalLM.from_config(trainer.model.config, dtype=torch.float32)
     model.load_state_dict(state)
-    return model
+    model.generation_config = trainer.model.generation_config
+    return model.to(trainer.args.device)
 
 
 def first_and_last(curve: pd.DataFrame) -> dict[str, dict[str, float]]:
@@ -214,9 +211,10 @@ def train(
             if trainer.trains_indexer:
                 trainer.add_callback(MassProbe(held_out, every=max(1, section.steps // 10)))
             result = run(trainer, folder)
-        if not trainer.is_world_process_zero():
+            trained = whole(trainer)
+        if trained is None:
             return
-        trainer.model.save_pretrained(out)
+        trained.save_pretrained(out)
         tokenizer.save_pretrained(out)
         curve = write_curve(trainer.state.log_history, Path(f"reports/train/{stage}.csv"), LOGGED)
         rows_seen = sum(log.get("rows", 0) for log in trainer.state.log_history)
