@@ -30,8 +30,11 @@ ROUNDS: list[tuple[int, list[str]]] = [  # seconds, and parts that run side by s
 
 
 def git_commit() -> str | None:
-    """With "+" where files have changed since; None outside of a repository."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, encoding="utf-8")
+    """With "+" where files have changed since; None where there is no repository to ask, or no git."""
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, encoding="utf-8")
+    except OSError:
+        return None
     return done.stdout.strip() or None
 
 

@@ -37,6 +37,14 @@ def of_part(part: str, rehearse: bool) -> Cases:
     return {"lengths": costs.lengths, "steps": costs.steps, "compiled": costs.compiled}[part](rehearse)
 
 
+def nvidia_driver() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, encoding="utf-8").stdout.split("\n")[0] or None
+    except OSError:
+        return None
+
+
 def machine(rehearse: bool) -> dict | None:
     """None where there is no device to measure."""
     found = {"device": "rehearsal"}
@@ -44,8 +52,7 @@ def machine(rehearse: bool) -> dict | None:
         if not torch.cuda.is_available():
             return None
         memory = torch.cuda.get_device_properties(0).total_memory
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, encoding="utf-8").stdout.split("\n")[0]
+        driver = nvidia_driver()
         found = {"device": torch.cuda.get_device_name(), "gb": round(memory / 2**30, 1), "driver": driver}
     modules = torch, triton, transformers, numpy
     return found | {"versions": {m.__name__: m.__version__ for m in modules} | {"cuda": torch.version.cuda}}

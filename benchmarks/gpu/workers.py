@@ -5,7 +5,7 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 
-CASE_SECONDS = 60  # after which a case hangs
+CASE_SECONDS = 90  # after which a case hangs
 START_SECONDS = 120  # of a process, imports included
 GRACE = 10  # seconds beyond the deadline for a case that has begun
 LEAST = 5  # seconds for which no process is started
