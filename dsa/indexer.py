@@ -69,8 +69,11 @@ class IndexScores(DeferredScores):
 
     def select(self, topk: int) -> torch.Tensor:
         H, D = self.q.shape[2:]
-        kernel = select, self.k.dtype, H, D
-        if not select.fits(self.visible) or kernels.chosen(self.q, 16, "key selection", kernel) != "cpu":
+        kernel = (select, self.k.dtype, H, D) if select.fits(self.visible) else None
+        backend = kernels.chosen(self.q, 16, "key selection", kernel)
+        if backend == "triton":
+            self.heads = 1  # its kernel keeps no number for each head: slabs of more queries
+        if backend != "cpu":
             return super().select(topk)
         return select.select_keys(self.q, self.k, self.weights.float(), (D * H) ** -0.5, topk, self.visible)
 

@@ -4,6 +4,7 @@ The reference is the arm's own model before the stage; its log-probabilities are
 on in policy and reference of the DSA arm.
 """
 
+import os
 import sys
 from itertools import islice
 from pathlib import Path
@@ -23,7 +24,7 @@ from dsa.training.trainer import freeze
 from stages import params
 from stages.common import measured, owned
 from stages.files import read_rows, write_json
-from stages.training import checkpoints, first_and_last, run, save, trainer_options, use_all_cores, write_curve
+from stages.training import checkpoints, first_and_last, run, save, trainer_options, use_all_cores, whole, write_curve
 
 PAIRS = Path("data/pairs")
 LOGGED = ("loss", "rewards/accuracies", "rewards/margins", "kl", "learning_rate", "grad_norm")
@@ -48,6 +49,8 @@ def trainer_of(model: DSAForCausalLM, tokenizer, p: params.Params, folder: Path)
     trains_indexer = model.config.index_n_heads > 0 and dpo.indexer == "kl"
     freeze(model, backbone=False, indexer=not trains_indexer)
     pairs = list(islice(read_rows(PAIRS / "train.jsonl.gz"), dpo.steps * dpo.batch_size))
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise params.ParamsError("accelerate's config: use_fsdp: not for preferences, see docs/distributed.md")
     options = DPOConfig(
         **trainer_options(dpo, folder, p.seed),
         beta=dpo.beta,
@@ -102,7 +105,8 @@ def optimise(arm: str, p: params.Params, folder: Path) -> None:
         test = [tokenize_pair(tokenizer, pair) for pair in held_out]
         trainer = trainer_of(model, tokenizer, p, folder)
         result = run(trainer, folder)
-        if not trainer.is_world_process_zero():
+        model = whole(trainer)
+        if model is None:
             return
         reference = load_model(source, dtype="float32").eval().to(model.device)
         model.eval()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from dsa.data.rows import Collator, end_ids, examples
 from dsa.machine import cores, supports_bf16
@@ -65,9 +65,9 @@ def checkpoints(stage: str) -> Path:
 
 def last_checkpoint(folder: Path) -> str | None:
     """The newest complete checkpoint; one that a kill cut short is deleted."""
-    complete = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "model.safetensors")
+    complete = ("trainer_state.json", "optimizer.*", "scheduler.pt", "model.safetensors")  # FSDP's: optimizer.bin
     for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
-        if all((path / name).exists() for name in complete):
+        if all(any(path.glob(name)) for name in complete):
             try:
                 json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
             except ValueError:
@@ -86,8 +86,16 @@ def ignore_launcher() -> None:
     Raises ParamsError for what cannot be put aside, or would be true of this stage alone.
     """
     asked = {name.removeprefix("ACCELERATE_") for name, value in os.environ.items() if value.lower() in ("true", "1")}
-    if sharded := asked & {"USE_DEEPSPEED", "USE_FSDP", "USE_MEGATRON_LM", "USE_PARALLELISM_CONFIG"}:
-        raise ParamsError(f"accelerate's config: {sharded.pop().lower()}: processes here share the batch and no more")
+    if untried := asked & {"USE_DEEPSPEED", "USE_MEGATRON_LM", "USE_PARALLELISM_CONFIG"}:
+        raise ParamsError(
+            f"accelerate's config: {untried.pop().lower()}: not with these stages, see docs/distributed.md"
+        )
+    if "USE_FSDP" in asked:
+        for name, needed in (("FSDP_VERSION", "2"), ("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")):
+            if (given := os.environ.get(name)) != needed:
+                raise ParamsError(
+                    f"accelerate's config: {name.lower()}: {given} is not {needed}, see docs/distributed.md"
+                )
     if "USE_CPU" in asked and torch.cuda.is_available():
         raise ParamsError("accelerate's config: use_cpu: hide the GPU from all stages, by CUDA_VISIBLE_DEVICES=")
     for name in list(os.environ):
@@ -157,6 +165,19 @@ def run(trainer: Trainer, folder: Path) -> dict:
     }
 
 
+def whole(trainer: Trainer) -> DSAForCausalLM | None:
+    """The trained model, in the first process; None in the others. All call it: they may hold a shard each."""
+    state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    if not trainer.is_world_process_zero():
+        return None
+    if state is None:
+        return trainer.model
+    model = AutoModelForCausalLM.from_config(trainer.model.config, dtype=torch.float32)
+    model.load_state_dict(state)
+    model.generation_config = trainer.model.generation_config
+    return model.to(trainer.args.device)
+
+
 def first_and_last(curve: pd.DataFrame) -> dict[str, dict[str, float]]:
     """Means of a curve's columns over its first and its last tenth; nothing of an empty one."""
     if curve.empty:
@@ -200,9 +221,10 @@ def train(
             if trainer.trains_indexer:
                 trainer.add_callback(MassProbe(held_out, every=max(1, section.steps // 10)))
             result = run(trainer, folder)
-        if not trainer.is_world_process_zero():
+            trained = whole(trainer)
+        if trained is None:
             return
-        save(trainer.model, tokenizer, out)
+        save(trained, tokenizer, out)
         curve = write_curve(trainer.state.log_history, Path(f"reports/train/{stage}.csv"), LOGGED)
         rows_seen = sum(log.get("rows", 0) for log in trainer.state.log_history)
         metrics |= {"rows": round(rows_seen)} | result | first_and_last(curve)
