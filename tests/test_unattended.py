@@ -91,4 +91,4 @@ def test_in_a_log_file_progress_is_lines_and_short_work_says_nothing():
 
     assert log() == b""
     lines = log(TQDM_MININTERVAL="0.1", TQDM_DELAY="0.1", DVC_STAGE="filter").decode().splitlines()
-    assert 2 <= len(lines) <= 7 and lines[0].startswith("filter rows ") and " of 20, " in lines[0]
+    assert len(lines) >= 2 and lines[0].startswith("filter rows ") and " of 20, " in lines[0]
