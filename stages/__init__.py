@@ -12,14 +12,18 @@ if not sys.stderr.isatty():
         "MININTERVAL": "60",  # seconds
         "MAXINTERVAL": "60",
         "DELAY": "60",  # what takes less says nothing
-        "BAR_FORMAT": f"{os.environ.get('DVC_STAGE', '')} {{desc}} {{percentage:.0f}} %, {{n_fmt}} of {{total_fmt}}, "
-        "{elapsed} gone, {remaining} to go, {rate_fmt}{postfix}",
+        "BAR_FORMAT": "{desc} {percentage:.0f} %, {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} to go, "
+        "{rate_fmt}{postfix}",
     }.items():
         os.environ.setdefault(f"TQDM_{name}", value)
     from tqdm import tqdm
 
-    # tqdm's own goes back to the head of the line.
-    tqdm.status_printer = staticmethod(lambda file: lambda line: line and print(line.strip(), file=file, flush=True))
+    def printer(file):
+        """In the place of tqdm's own, which goes back to the head of the line."""
+        stage = os.environ.get("DVC_STAGE", "")
+        return lambda line: line and print(" ".join([*stage.split(), *line.split()]), file=file, flush=True)
+
+    tqdm.status_printer = staticmethod(printer)
 
 # DVC and the launcher inherit from stages/unattended.py that they ignore it; a stage does not.
 if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:

@@ -232,7 +232,7 @@ def train(
         gc.collect()
 
 
-def save(model: Qwen2DSAForCausalLM, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+def save(model: DSAForCausalLM, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
     """Write a model's folder, the same bytes everywhere: transformers would add that HF_HUB_OFFLINE is set."""
     for name in ("is_local", "local_files_only"):  # how the tokenizer was loaded
         tokenizer.init_kwargs.pop(name, None)

@@ -5,8 +5,12 @@ import subprocess
 import sys
 
 import pytest
+from transformers import AutoTokenizer
 
+from dsa import from_dense
 from stages import params
+from stages.training import save
+from tests.conftest import ROOT
 from tests.test_pipeline import copy_of_project
 
 DATA = dict.fromkeys(("model", "download", "filter", "pairs"), "")
@@ -89,3 +93,13 @@ def test_no_environment_user_time_or_path_reaches_models_and_data(both):
     wanted |= {"data/evaluate/dense.npz", "data/dpo/dense.npz", "reports/train/dense.csv"}
     assert here.keys() == there.keys() >= wanted
     assert [name for name in here if here[name] != there[name]] == []
+
+
+def test_how_a_tokenizer_was_loaded_is_not_saved_with_it(dense_model, tmp_path):
+    """transformers keeps local_files_only in tokenizer_config.json, which HF_HUB_OFFLINE=1 sets."""
+    model = from_dense(dense_model, topk=8, n_heads=2, head_dim=8)
+    folders = [tmp_path / str(offline) for offline in (True, False)]
+    for offline, folder in zip((True, False), folders, strict=True):
+        save(model, AutoTokenizer.from_pretrained(ROOT / "data/base", local_files_only=offline), folder)
+    here, there = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
+    assert here == there and "tokenizer_config.json" in here
