@@ -117,7 +117,7 @@ def test_two_processes_take_the_steps_of_one(config, one, tmp_path):
             found, ours = results(two, stage, name)
             assert found["resumed_at_step"] == (2 if name == "resumed" else 0)
             torch.testing.assert_close(
-                torch.tensor(found["losses"]), torch.tensor(expected["losses"]), rtol=2e-3, atol=1e-5
+                torch.tensor(found["losses"]), torch.tensor(expected["losses"]), rtol=1e-4, atol=1e-6
             )
             assert found["tokens"] == expected["tokens"]
             assert found["trained_parameters"] == expected["trained_parameters"]
