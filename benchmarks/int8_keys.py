@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from dsa import Qwen2DSAForCausalLM, index_scores, select_topk
+from dsa import index_scores, load_model, select_topk
 from dsa.data.rows import IGNORE, examples
 from dsa.evaluation.predictions import attention_mass, observe_dense, predict
 from dsa.indexer import pack_int8
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=60)
     parser.add_argument("--statistics-rows", type=int, default=8)
     args = parser.parse_args()
-    model = Qwen2DSAForCausalLM.from_pretrained(args.model, dtype="float32").eval()
+    model = load_model(args.model, dtype="float32").eval()
     topk, length = model.config.index_topk, model.config.max_position_embeddings
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     rows = examples(tokenizer, islice(read_rows(args.rows_file), args.rows), length)

@@ -5,7 +5,7 @@
 
 
 def variants(head_dim: int) -> dict[str, dict]:
-    """{name: the fields of `Qwen2DSAConfig` that it sets}. "no_kl" sets none: in the sparse stage the indexer is
+    """{name: the fields of `DSAConfig` that it sets}. "no_kl" sets none: in the sparse stage the indexer is
     frozen, as the warm-up left it."""
     return {
         "none": {},

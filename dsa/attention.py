@@ -98,16 +98,16 @@ def decode_attention(
     """The `gather` backend for a single query, T = 1: reads its K rows of the cache and nothing else. No gradient."""
     B, Hq, _, D = q.shape
     Hkv, S = k.shape[1:3]
-    out = torch.zeros_like(q)
+    out = torch.zeros_like(q)  # (B, Hq, T, D)
     for b in range(B):
-        at = indices[b, 0]
+        at = indices[b, 0]  # (K)
         if at.amin() < 0:
-            at = at[at >= 0]
+            at = at[at >= 0]  # (K), or fewer
         if len(at) == 0:
             continue
-        k_sel, v_sel = k[b], v[b]
+        k_sel, v_sel = k[b], v[b]  # (Hkv, S, D)
         if len(at) < S:  # a head at a time: on a CPU several times faster than from both at once
-            k_sel, v_sel = k.new_empty(Hkv, len(at), D), v.new_empty(Hkv, len(at), D)
+            k_sel, v_sel = k.new_empty(Hkv, len(at), D), v.new_empty(Hkv, len(at), D)  # (Hkv, K, D)
             for h in range(Hkv):
                 torch.index_select(k[b, h], 0, at, out=k_sel[h])
                 torch.index_select(v[b, h], 0, at, out=v_sel[h])
@@ -124,18 +124,18 @@ def own_attention(
     T, D = q.shape[1:]
     Hkv, K = k.shape[0], indices.shape[1]
     out = q.new_empty(q.shape)
-    grouped, result = q.unflatten(0, (Hkv, -1)), out.view(Hkv, -1, T, D)
+    grouped, result = q.unflatten(0, (Hkv, -1)), out.view(Hkv, -1, T, D)  # (Hkv, Hq / Hkv, T, D)
     for start in range(0, T, OWN_ROWS):
         queries = slice(start, start + OWN_ROWS)
-        at = indices[queries]
+        at = indices[queries]  # (C, K), C = OWN_ROWS queries
         absent = at < 0 if at.amin() < 0 else None
-        at = at.clamp(min=0).view(-1)
+        at = at.clamp(min=0).view(-1)  # (C * K)
         for h in range(Hkv):
-            k_sel, v_sel = (x[h].index_select(0, at).view(-1, K, D) for x in (k, v))
-            logits = (grouped[h, :, queries].transpose(0, 1) * scaling) @ k_sel.transpose(1, 2)  # (T, Hq / Hkv, K)
+            k_sel, v_sel = (x[h].index_select(0, at).view(-1, K, D) for x in (k, v))  # (C, K, D)
+            logits = (grouped[h, :, queries].transpose(0, 1) * scaling) @ k_sel.transpose(1, 2)  # (C, Hq / Hkv, K)
             if absent is not None:
                 logits.masked_fill_(absent[:, None], -torch.inf)
-            p = logits.softmax(-1, dtype=torch.float32).to(v.dtype)
+            p = logits.softmax(-1, dtype=torch.float32).to(v.dtype)  # (C, Hq / Hkv, K)
             if absent is not None:  # a query without any key: softmax over nothing is NaN
                 p.masked_fill_(absent[:, None], 0.0)
             result[h, :, queries] = (p @ v_sel).transpose(0, 1)
@@ -156,7 +156,8 @@ class GatherAttention(torch.autograd.Function):
 
     @staticmethod
     def slabs(q: torch.Tensor, k: torch.Tensor, indices: torch.Tensor, own: bool = False):
-        """Yield (batch row, query slice, key selector, bias [1, 1, C, N], some [C, 1]) over the whole batch.
+        """Yield (batch row, query slice, key selector, bias [1, 1, C, N], some [C, 1]) over the whole batch: C queries
+        of a slab, N keys in their union.
 
         With `own`, the last three are None where the slab's union is so large that each query had better gather its
         own keys.
@@ -169,14 +170,14 @@ class GatherAttention(torch.autograd.Function):
         rows = max(1, min(GATHER_ROWS, SLAB_ELEMENTS // (Hq * S)))
         for b in range(B):
             for start in range(0, T, rows):
-                chosen = indices[b, start : start + rows]
+                chosen = indices[b, start : start + rows]  # (C, K)
                 prefix = int(chosen.max()) + 1 if chosen.numel() else 0
                 if prefix == 0:
                     continue
-                at = chosen.long() % (prefix + 1)  # -1, no key, goes to an extra column
-                used = chosen.new_zeros(prefix + 1, dtype=torch.bool)
+                at = chosen.long() % (prefix + 1)  # (C, K); -1, no key, goes to an extra column
+                used = chosen.new_zeros(prefix + 1, dtype=torch.bool)  # (prefix + 1)
                 used[at] = True
-                keys, count = used[:prefix].nonzero().squeeze(-1), prefix
+                keys, count = used[:prefix].nonzero().squeeze(-1), prefix  # (N), the union
                 if own and len(keys) > max(OWN_UNION * chosen.shape[-1], OWN_LENGTH):
                     yield b, slice(start, start + rows), None, None, None
                     continue
@@ -185,24 +186,24 @@ class GatherAttention(torch.autograd.Function):
                     at = (used.cumsum(0) - 1).index_fill_(0, used.new_tensor([prefix], dtype=torch.long), count)[at]
                 else:
                     keys = slice(0, prefix)
-                bias = q.new_full((len(chosen), count + 1), -torch.inf).scatter_(1, at, 0.0)[:, :count]
-                some = (chosen >= 0).any(-1, keepdim=True)
+                bias = q.new_full((len(chosen), count + 1), -torch.inf).scatter_(1, at, 0.0)[:, :count]  # (C, N)
+                some = (chosen >= 0).any(-1, keepdim=True)  # (C, 1)
                 yield b, slice(start, start + rows), keys, bias.masked_fill_(~some, 0.0)[None, None], some
 
     @staticmethod
     def forward(ctx, q, k, v, indices, scaling):
         # `_flash` takes the numbers of a head for neighbours, and does not look.
         q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-        out = torch.zeros_like(q)
-        lse = q.new_zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+        out = torch.zeros_like(q)  # (B, Hq, T, D)
+        lse = q.new_zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))  # (B, Hq, T)
         own = q.device.type == "cpu" and not any(ctx.needs_input_grad)
         for b, queries, keys, bias, some in GatherAttention.slabs(q, k, indices, own):
             if keys is None:
                 out[b, :, queries] = own_attention(q[b, :, queries], k[b], v[b], indices[b, queries], scaling)
                 continue
-            args = q[b, None, :, queries], k[b, None, :, keys], v[b, None, :, keys]
+            args = q[b, None, :, queries], k[b, None, :, keys], v[b, None, :, keys]  # (1, Hq, C, D), (1, Hkv, N, D) x2
             if q.device.type == "cpu":
-                slab, lse[b, :, queries] = _flash(*args, 0.0, False, attn_mask=bias, scale=scaling)
+                slab, lse[b, :, queries] = _flash(*args, 0.0, False, attn_mask=bias, scale=scaling)  # (1, Hq, C, D)
             else:
                 slab = F.scaled_dot_product_attention(*args, attn_mask=bias, scale=scaling, enable_gqa=True)
             out[b, :, queries] = slab[0] * some
@@ -215,8 +216,8 @@ class GatherAttention(torch.autograd.Function):
         q, k, v, indices, out, lse = ctx.saved_tensors
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for b, queries, keys, bias, some in GatherAttention.slabs(q, k, indices):
-            args = q[b, None, :, queries], k[b, None, :, keys], v[b, None, :, keys]
-            grad = grad_out[b, None, :, queries] * some
+            args = q[b, None, :, queries], k[b, None, :, keys], v[b, None, :, keys]  # (1, Hq, C, D), (1, Hkv, N, D) x2
+            grad = grad_out[b, None, :, queries] * some  # (1, Hq, C, D)
             if q.device.type == "cpu":
                 saved = out[b, None, :, queries], lse[b, None, :, queries]
                 gq, gk, gv = _flash_backward(grad, *args, *saved, 0.0, False, attn_mask=bias, scale=ctx.scaling)

@@ -1,16 +1,26 @@
-"""Qwen2DSAConfig: a Qwen2 config with a lightning indexer and a selector."""
+"""DSAConfig: what a config says of the lightning indexer and of the selector, and the families that have one."""
+
+from dataclasses import dataclass
+from functools import cache
 
 from huggingface_hub.dataclasses import strict
-from transformers import Qwen2Config
+from transformers import CONFIG_MAPPING, PreTrainedConfig, Qwen2Config
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 ATTENTION_MODES = ("dense", "sparse")
+# By transformers' model_type: decoders of multi-head or grouped-query attention with RoPE, over all earlier tokens.
+FAMILIES = (
+    *("arcee", "ernie4_5", "gemma", "glm", "glm4", "granite", "helium", "hyperclovax"),
+    *("jais2", "llama", "mistral", "qwen2", "qwen3"),
+)
 SELECTORS = ("indexer", "oracle", "window", "sink_window", "random")
 
 
-@strict
-class Qwen2DSAConfig(Qwen2Config):
+@dataclass(kw_only=True, repr=False)
+class DSAConfig:
     r"""
-    Names follow transformers' `DeepseekV32Config`. A config that cannot work raises ValueError.
+    The fields that DSA adds to a family's config. Names follow transformers' `DeepseekV32Config`. A config that cannot
+    work raises ValueError.
 
     index_topk (`int`): keys that each query attends to in sparse mode.
     index_n_heads (`int`): heads of the lightning indexer; 0 leaves the indexer out (dense baseline, control arms).
@@ -27,8 +37,7 @@ class Qwen2DSAConfig(Qwen2Config):
     index_sinks (`int`): first keys that "sink_window" always keeps.
     """
 
-    model_type = "qwen2_dsa"
-
+    layer_types: list[str] | None = None
     index_topk: int = 2048
     index_n_heads: int = 4
     index_head_dim: int = 64
@@ -45,8 +54,9 @@ class Qwen2DSAConfig(Qwen2Config):
         if self.index_rope_dim is None:
             self.index_rope_dim = self.index_head_dim // 2
         super().__post_init__(**kwargs)
-        if self.use_sliding_window:
-            raise ValueError("use_sliding_window: DSA replaces sliding windows")
+        for name in ("use_sliding_window", "sliding_window"):
+            if getattr(self, name, None):
+                raise ValueError(f"{name}: DSA replaces sliding windows")
         if self.attention_mode not in ATTENTION_MODES:
             raise ValueError(f"attention_mode: {self.attention_mode!r} is not one of {ATTENTION_MODES}")
         if self.selector not in SELECTORS:
@@ -63,3 +73,47 @@ class Qwen2DSAConfig(Qwen2Config):
             raise ValueError(f"index_per_kv_head: {self.index_n_heads=} is no multiple of {self.num_key_value_heads=}")
         if self.index_n_heads < 1 and self.attention_mode == "sparse" and self.selector == "indexer":
             raise ValueError("index_n_heads: sparse attention by the indexer needs at least one head")
+
+
+@strict
+class Qwen2DSAConfig(DSAConfig, Qwen2Config):
+    model_type = "qwen2_dsa"
+
+
+def class_name(model_type: str, part: str) -> str:
+    """Of a family's class: `LlamaDSAConfig`, `LlamaDSAForCausalLM`."""
+    return CONFIG_MAPPING_NAMES[model_type].removesuffix("Config") + "DSA" + part
+
+
+@cache
+def family_config(model_type: str) -> type[DSAConfig]:
+    """A family's config class with the fields of DSA, as `Qwen2DSAConfig` is Qwen2's."""
+    if model_type == "qwen2":
+        return Qwen2DSAConfig
+    bases, fields = (DSAConfig, CONFIG_MAPPING[model_type]), {"model_type": f"{model_type}_dsa"}
+    cls = globals()[class_name(model_type, "Config")] = strict(type(class_name(model_type, "Config"), bases, fields))
+    return cls
+
+
+def __getattr__(name: str) -> type[DSAConfig]:
+    """A family's class is made when it is first asked for: what it is made of takes seconds to import."""
+    for model_type in FAMILIES:
+        if name == class_name(model_type, "Config"):
+            return family_config(model_type)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def config_class_of(dense: PreTrainedConfig) -> type[DSAConfig]:
+    """That of a dense model's family. Raises ValueError, one line that says why, where there is none."""
+    model_type = dense.model_type
+    if model_type in FAMILIES:
+        return family_config(model_type)
+    if hasattr(dense, "kv_lora_rank"):
+        why = "latent attention, for which transformers' deepseek_v32 has an indexer"
+    elif getattr(dense, "alibi", False) or model_type in ("bloom", "mpt"):
+        why = "ALiBi, and the indexer is made for RoPE"
+    elif getattr(dense, "sliding_window", None) or "sliding_attention" in (getattr(dense, "layer_types", None) or ()):
+        why = "sliding windows, which DSA replaces"
+    else:
+        why = f"none of {', '.join(FAMILIES)}"
+    raise ValueError(f"no DSA for a {model_type!r} model: {why}")

@@ -1,4 +1,4 @@
-"""From a dense Qwen2 checkpoint to a DSA model."""
+"""From a dense checkpoint of any of the families to a DSA model."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -6,18 +6,18 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from dsa.config import Qwen2DSAConfig
-from dsa.modeling import Qwen2DSAForCausalLM
+from dsa.config import DSAConfig, config_class_of
+from dsa.families import family
+from dsa.modeling import DSAForCausalLM
 
 
-def config_of(dense: PreTrainedConfig, **fields) -> Qwen2DSAConfig:
-    """A dense Qwen2 model's config with further fields. Raises ValueError for another model and what cannot work."""
-    if dense.model_type != "qwen2":
-        raise ValueError(f"expected a qwen2 model, got {dense.model_type!r}")
+def config_of(dense: PreTrainedConfig, **fields) -> DSAConfig:
+    """A dense model's config with further fields. Raises ValueError for a family without DSA and what cannot work."""
+    config_class = config_class_of(dense)
     kept = dense.to_dict()
     for name in ("model_type", "architectures", "layer_types", "transformers_version"):
         kept.pop(name, None)
-    return Qwen2DSAConfig(**kept | fields)
+    return config_class(**kept | fields)
 
 
 def from_dense(
@@ -29,21 +29,21 @@ def from_dense(
     seed: int = 0,
     dtype: torch.dtype | str = "auto",
     **config,
-) -> Qwen2DSAForCausalLM:
-    """Add lightning indexers to a dense Qwen2 model.
+) -> DSAForCausalLM:
+    """Add lightning indexers to a dense model of one of `dsa.config.FAMILIES`.
 
     Args:
-        model_or_path: a `Qwen2ForCausalLM`, or what its `from_pretrained` takes.
+        model_or_path: a model such as `Qwen2ForCausalLM`, or what `AutoModelForCausalLM.from_pretrained` takes.
         topk, n_heads, head_dim: `index_topk`, `index_n_heads`, `index_head_dim` of the new config.
         seed: of the new indexers' weights; the global generator is left as it was.
         dtype: of a model that is loaded here; the checkpoint's own by default.
-        config: further fields of `Qwen2DSAConfig`, such as attention_mode.
+        config: further fields of `DSAConfig`, such as attention_mode.
 
     Returns:
         A model whose base weights are those of the dense one bit for bit (copies), tied where they were tied.
 
     Raises:
-        ValueError: the model is no Qwen2, or its weights do not fit.
+        ValueError: the model's family has no DSA, or its weights do not fit.
     """
     dense = model_or_path
     if not isinstance(dense, PreTrainedModel):
@@ -52,7 +52,7 @@ def from_dense(
     new_config._attn_implementation = dense.config._attn_implementation
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2DSAForCausalLM(new_config)
+        model = family(dense.config.model_type)(new_config)
     model.to(dense.device)
     for name, parameter in model.named_parameters():
         if "indexer.weights_proj" not in name:  # stays in float32, see modeling

@@ -3,10 +3,9 @@
 import torch
 from torch import nn
 from transformers import Cache
-from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
 from dsa import kernels
-from dsa.config import Qwen2DSAConfig
+from dsa.config import DSAConfig
 from dsa.kernels.cpu import select
 from dsa.masks import Slab, Visibility
 from dsa.selector import DeferredScores
@@ -18,7 +17,7 @@ SCALE_BYTES = 4  # of an int8 key's float32 scale
 def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x [..., D] -> int8 [..., D] and float32 scales [..., 1], the largest of a vector being 127 times its scale."""
     x = x.detach().float()
-    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127  # (..., 1)
     return (x / scale).round().to(torch.int8), scale
 
 
@@ -49,7 +48,7 @@ def index_scores(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> tor
     if k.dtype != torch.int8:
         return _scores(q, k, weights)
     (q, q_scale), (k, k_scale) = quantize(q), unpack_int8(k)
-    weights = weights.detach() * q_scale.squeeze(-1)
+    weights = weights.detach() * q_scale.squeeze(-1)  # (B, T, H)
     if not _decoding(q):
         q, k = q.float(), k.float()  # where sums of a thousand products of int8 are exact too
     return _scores(q, k, weights).mul_(k_scale.transpose(1, 2))
@@ -70,8 +69,11 @@ class IndexScores(DeferredScores):
 
     def select(self, topk: int) -> torch.Tensor:
         H, D = self.q.shape[2:]
-        kernel = select, self.k.dtype, H, D
-        if not select.fits(self.visible) or kernels.chosen(self.q, 16, "key selection", kernel) != "cpu":
+        kernel = (select, self.k.dtype, H, D) if select.fits(self.visible) else None
+        backend = kernels.chosen(self.q, 16, "key selection", kernel)
+        if backend == "triton":
+            self.heads = 1  # its kernel keeps no number for each head: slabs of more queries
+        if backend != "cpu":
             return super().select(topk)
         return select.select_keys(self.q, self.k, self.weights.float(), (D * H) ** -0.5, topk, self.visible)
 
@@ -92,7 +94,7 @@ def _scores(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> torch.Te
     with torch.autocast(q.device.type, enabled=False):
         if _decoding(q) and not wanted:
             return _decoding_scores(q, k, weights.float() * scale)
-        dots = (q.float().reshape(B, T * H, D) @ k.float().transpose(1, 2)).view(B * T, H, -1)
+        dots = (q.float().reshape(B, T * H, D) @ k.float().transpose(1, 2)).view(B * T, H, -1)  # (B * T, H, S)
         scores = (weights.float() * scale).reshape(B * T, 1, H) @ dots.relu_()  # (B*T, 1, S)
         return scores.view(B, T, -1)
 
@@ -107,7 +109,7 @@ def _decoding_scores(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) ->
             dots = torch._int_mm(q[b, 0], k[b].T).float()  # (H, S)
             torch.mv(dots.relu_().T, weights[b, 0], out=scores[b, 0])
             continue
-        queries = q[b, 0].float().T
+        queries = q[b, 0].float().T  # (D, H)
         for start in range(0, S, TILE):
             tile = slice(start, start + TILE)
             dots = k[b, tile].float() @ queries  # (TILE, H)
@@ -115,18 +117,28 @@ def _decoding_scores(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) ->
     return scores
 
 
-def rotate(x: torch.Tensor, position_ids: torch.Tensor, dim: int, theta: float) -> torch.Tensor:
-    """RoPE, half-split, on the first `dim` dims of x[B, T, ..., D], frequencies theta^(-2i/dim)."""
+Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, float32 [B or 1, T, 1, dim / 2]
+
+
+def rotation(position_ids: torch.Tensor, config: DSAConfig) -> Rotation | None:
+    """What RoPE turns index queries and keys by, frequencies theta^(-2i/dim), in all layers. None for dim 0."""
+    dim, theta = config.index_rope_dim, config.rope_parameters["rope_theta"]
     if dim == 0:
+        return None
+    frequency = theta ** (-torch.arange(0, dim, 2, device=position_ids.device, dtype=torch.float32) / dim)
+    angle = position_ids[..., None, None].float() * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: torch.Tensor, by: Rotation | None) -> torch.Tensor:
+    """RoPE, half-split, on the first dims of x [B, T, H, D]."""
+    if by is None:
         return x
-    frequency = theta ** (-torch.arange(0, dim, 2, device=x.device, dtype=torch.float32) / dim)
-    angle = position_ids[..., None].float() * frequency  # (B or 1, T, dim/2)
-    angle = torch.cat([angle, angle], dim=-1)
-    while angle.dim() < x.dim():
-        angle = angle.unsqueeze(-2)
-    head = x[..., :dim].float()
-    head = head * angle.cos() + rotate_half(head) * angle.sin()
-    return torch.cat([head.to(x.dtype), x[..., dim:]], dim=-1)
+    cos, sin = by
+    half = cos.shape[-1]
+    a, b = x[..., :half].float(), x[..., half : 2 * half].float()  # (B, T, H, dim / 2) each
+    turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)  # (B, T, H, dim)
+    return torch.cat([turned.to(x.dtype), x[..., 2 * half :]], dim=-1)
 
 
 class LightningIndexer(nn.Module):
@@ -136,20 +148,22 @@ class LightningIndexer(nn.Module):
     queries come from the hidden state. No Hadamard rotation: it changes no score.
     """
 
-    def __init__(self, config: Qwen2DSAConfig, layer_idx: int):
+    def __init__(self, config: DSAConfig, layer_idx: int):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
         self.n_heads, self.head_dim = config.index_n_heads, config.index_head_dim
-        self.rope_dim = config.index_rope_dim
-        self.rope_theta = config.rope_parameters["rope_theta"]
         self.wq = nn.Linear(config.hidden_size, self.n_heads * self.head_dim, bias=False)
         self.wk = nn.Linear(config.hidden_size, self.head_dim, bias=False)
         self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6)
         self.weights_proj = nn.Linear(config.hidden_size, self.n_heads, bias=False)
 
     def forward(
-        self, hidden_states: torch.Tensor, position_ids: torch.Tensor, past_key_values: Cache | None = None
+        self,
+        hidden_states: torch.Tensor,
+        position_ids: torch.Tensor,
+        past_key_values: Cache | None = None,
+        by: Rotation | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Index queries, keys and weights; the keys of earlier calls come from the cache.
 
@@ -157,19 +171,21 @@ class LightningIndexer(nn.Module):
             hidden_states: [B, T, hidden], what the attention's projections get. Detached here: the indexer learns
                 nothing into the backbone.
             position_ids: [B or 1, T].
+            by: their `rotation`, where the caller has it: a decoded token has little else to compute.
 
         Returns:
             q [B, T, H, D], k [B, S, D], weights float32 [B, T, H]. Where the config says int8 and this is no training,
             k is int8 [B, S, D + 4], see `pack_int8`.
         """
-        x = hidden_states.detach()
+        x = hidden_states.detach()  # (B, T, hidden)
         B, T, _ = x.shape
-        q = rotate(self.wq(x).view(B, T, self.n_heads, self.head_dim), position_ids, self.rope_dim, self.rope_theta)
-        k = rotate(self.k_norm(self.wk(x)), position_ids, self.rope_dim, self.rope_theta)
+        by = rotation(position_ids, self.config) if by is None else by
+        q = rotate(self.wq(x).view(B, T, self.n_heads, self.head_dim), by)  # (B, T, H, D)
+        k = rotate(self.k_norm(self.wk(x)).unsqueeze(2), by).squeeze(2)  # (B, T, D)
         if self.config.index_key_dtype == "int8" and not self.training:  # without a cache too: the same keys selected
             k = pack_int8(k)
         if past_key_values is not None:
-            k = past_key_values.update_indexer(k, self.layer_idx)
+            k = past_key_values.update_indexer(k, self.layer_idx)  # (B, S, D), or D + 4 in int8
         with torch.autocast(x.device.type, enabled=False):  # few numbers that scale every score: full precision
-            weights = nn.functional.linear(x.float(), self.weights_proj.weight.float())
+            weights = nn.functional.linear(x.float(), self.weights_proj.weight.float())  # (B, T, H)
         return q, k, weights

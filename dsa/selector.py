@@ -37,7 +37,7 @@ class DeferredScores:
                 scores = torch.zeros((), device=self.device).expand(self.batch, slab.stop - slab.start, slab.keys)
             else:
                 scores = self.rows(slab)
-            keys = select_topk(scores, topk, mask)
+            keys = select_topk(scores, topk, mask)  # (B, C, K): C queries of the slab
             chosen.append(torch.nn.functional.pad(keys, (0, width - keys.shape[-1]), value=-1))
         return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=1)
 
@@ -61,26 +61,26 @@ def select_topk(scores: torch.Tensor | DeferredScores, topk: int, mask: torch.Te
     keys = scores.shape[-1]
     k = min(topk, keys)
     if k == keys:  # every allowed key is taken: nothing to rank
-        index = torch.arange(keys, device=scores.device)
-        chosen = index if mask is None else torch.where(mask, index, keys)
-        chosen = chosen.expand(scores.shape)
+        index = torch.arange(keys, device=scores.device)  # (S)
+        chosen = index if mask is None else torch.where(mask, index, keys)  # (S), or as the mask
+        chosen = chosen.expand(scores.shape)  # (B, T, S), which here is (B, T, K)
     else:
         scores = scores.detach().float()
         if scores.shape[1] == 1 and scores.device.type == "cpu":
             masked = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
-            rows = [_row_topk(row, k) for row in masked[:, 0]]
+            rows = [_row_topk(row, k) for row in masked[:, 0]]  # B of (K)
             if rows and all(row is not None for row in rows):
-                return torch.stack(rows)[:, None]
+                return torch.stack(rows)[:, None]  # (B, 1, K)
         if mask is None:
             mask = scores.new_ones((), dtype=torch.bool)
         masked = scores.masked_fill(~mask, -torch.inf)
-        values, chosen = masked.topk(k, dim=-1, sorted=False)
+        values, chosen = masked.topk(k, dim=-1, sorted=False)  # (B, T, K)
         # `topk` may take any of the entries that tie with the smallest it took. Where it took them all, the set is
         # unique; elsewhere (and for NaN, or fewer than k allowed keys) rank by a key that no two entries share.
-        ambiguous = (masked >= values.amin(-1, keepdim=True)).sum(-1) != k
+        ambiguous = (masked >= values.amin(-1, keepdim=True)).sum(-1) != k  # (B, T)
         if ambiguous.any():
-            rows = mask.expand(scores.shape)[ambiguous]
-            chosen[ambiguous] = _rank_topk(scores[ambiguous], k, rows)
+            rows = mask.expand(scores.shape)[ambiguous]  # (N, S), the N ambiguous rows
+            chosen[ambiguous] = _rank_topk(scores[ambiguous], k, rows)  # (N, K)
     chosen = ascending(chosen.int())
     return chosen.masked_fill(chosen == keys, -1)
 
@@ -98,7 +98,7 @@ def _row_topk(scores: torch.Tensor, k: int) -> torch.Tensor | None:
     candidates = None
     if 2 * m * STRIDE <= len(scores):
         bound = _largest(scores[::STRIDE], m)
-        candidates = np.flatnonzero(scores >= bound)
+        candidates = np.flatnonzero(scores >= bound)  # (keys that may be among the k), ascending
         if len(candidates) < k:
             candidates = None
         else:
@@ -106,7 +106,7 @@ def _row_topk(scores: torch.Tensor, k: int) -> torch.Tensor | None:
     least = _largest(scores, k)
     if not least > -np.inf:  # or NaN
         return None
-    chosen = np.flatnonzero(scores >= least)
+    chosen = np.flatnonzero(scores >= least)  # (k, and more where some tie with the k-th)
     surplus = len(chosen) - k
     if surplus:  # of the keys that tie with the last, those with the highest index go
         tied = np.flatnonzero(scores[chosen] == least)
@@ -136,11 +136,11 @@ def _rank_topk(scores: torch.Tensor, k: int, mask: torch.Tensor) -> torch.Tensor
     """
     keys = scores.shape[-1]
     scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf) + 0.0
-    bits = scores.contiguous().view(torch.int32)
+    bits = scores.contiguous().view(torch.int32)  # (N, S)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    reversed_index = torch.arange(keys - 1, -1, -1, device=scores.device)
-    rank = ((bits.long() << 32) | reversed_index).masked_fill(~mask, LOWEST)
-    top = rank.topk(k, dim=-1, sorted=False).values
+    reversed_index = torch.arange(keys - 1, -1, -1, device=scores.device)  # (S)
+    rank = ((bits.long() << 32) | reversed_index).masked_fill(~mask, LOWEST)  # (N, S)
+    top = rank.topk(k, dim=-1, sorted=False).values  # (N, K)
     return torch.where(top == LOWEST, keys, keys - 1 - (top & 0xFFFFFFFF))
 
 
@@ -153,13 +153,13 @@ def control_scores(name: str, queries: torch.Tensor, keys: int, sinks: int, laye
         sinks: keys at the start that "sink_window" keeps.
         layer_idx: makes "random" differ from layer to layer.
     """
-    key = torch.arange(keys, device=queries.device)
+    key = torch.arange(keys, device=queries.device)  # (S)
     if name == "random":  # a hash of (layer, query, key): the same in prefill, in decoding and in every run
         mixed = (queries[:, None] * 2_654_435_761 + key * 2_246_822_519 + layer_idx * 3_266_489_917) & 0xFFFFFFFF
-        mixed = ((mixed ^ (mixed >> 15)) * 2_246_822_519) & 0xFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 15)) * 2_246_822_519) & 0xFFFFFFFF  # (T, S)
         mixed = ((mixed ^ (mixed >> 13)) * 3_266_489_917) & 0xFFFFFFFF
         return (mixed >> 8).float()[None]
-    score = key.float()
+    score = key.float()  # (S)
     if name == "sink_window":
         score = torch.where(key < sinks, torch.inf, score)
     elif name != "window":
@@ -176,7 +176,7 @@ def latest_keys(positions: torch.Tensor, topk: int, keys: int, sinks: int = 0) -
     """
     k = min(topk, keys)
     positions = positions.int()
-    place = torch.arange(k, device=positions.device, dtype=torch.int32)
-    beyond = (positions[:, None] - (k - 1)).clamp(min=0)  # earlier keys than have a place
-    chosen = place + beyond * (place >= sinks)
+    place = torch.arange(k, device=positions.device, dtype=torch.int32)  # (K)
+    beyond = (positions[:, None] - (k - 1)).clamp(min=0)  # (T, 1), earlier keys than have a place
+    chosen = place + beyond * (place >= sinks)  # (T, K)
     return chosen.masked_fill_(chosen > positions[:, None], -1)[None]

@@ -1,0 +1,30 @@
+"""One short module a stage, named after it, and what they share.
+
+Before anything else is imported, for tqdm reads its defaults once: in a log file, progress is a line a minute.
+"""
+
+import os
+import signal
+import sys
+
+if not sys.stderr.isatty():
+    for name, value in {
+        "MININTERVAL": "60",  # seconds
+        "MAXINTERVAL": "60",
+        "DELAY": "60",  # what takes less says nothing
+        "BAR_FORMAT": "{desc} {percentage:.0f} %, {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} to go, "
+        "{rate_fmt}{postfix}",
+    }.items():
+        os.environ.setdefault(f"TQDM_{name}", value)
+    from tqdm import tqdm
+
+    def printer(file):
+        """In the place of tqdm's own, which goes back to the head of the line."""
+        stage = os.environ.get("DVC_STAGE", "")
+        return lambda line: line and print(" ".join([*stage.split(), *line.split()]), file=file, flush=True)
+
+    tqdm.status_printer = staticmethod(printer)
+
+# DVC and the launcher inherit from stages/unattended.py that they ignore it; a stage does not.
+if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

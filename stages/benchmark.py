@@ -26,8 +26,9 @@ GENERATED = 8  # tokens of a call of `generate`
 def tables(options: Benchmark, topks: list[int], indexer: Indexer, full: bool) -> dict[str, list[Callable[[], dict]]]:
     """name -> measurements, one a length. `layer`: of Qwen2.5-0.5B; `model`: the small one, whole.
 
-    In bfloat16 too where this device has it: the small model and decoding, and with `full` everything, and all of
-    Qwen2.5-0.5B in decoding, for which the stage has no time.
+    In bfloat16 too where this device has it: the small model and decoding. With `full` there is also what the stage has
+    no time for: the rest in bfloat16, a layer's attention with its projections and that of a decoded token, and all of
+    Qwen2.5-0.5B in decoding.
     """
     layer = replace(cost.QWEN, index_heads=indexer.n_heads, index_dim=indexer.head_dim)
     model, repeats, few = cost.SMALL, options.repeats, topks[:1]
@@ -42,6 +43,9 @@ def tables(options: Benchmark, topks: list[int], indexer: Indexer, full: bool) -
             table(f"layer_attention{name}", cost.attention_of_a_row, options.prefill, layer, topks, dtype)
             table(f"layer_prefill{name}", cost.prefill, options.prefill, layer, topks, dtype, layers=1)
             table(f"layer_train{name}", cost.training, options.train, layer, topks, dtype == bf16, layers=1)
+        if full:
+            table(f"layer_module{name}", cost.attention_module, options.prefill, layer, topks, dtype)
+            table(f"layer_token{name}", cost.attention_of_a_token, options.decode, layer, topks, dtype)
         table(f"layer_decode{name}", cost.decoding, options.decode, layer, topks, dtype, layers=1)
         table(f"model_prefill{name}", cost.prefill, options.prefill, model, few, dtype)
         table(f"model_train{name}", cost.training, options.train, model, few, dtype == bf16)

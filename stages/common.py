@@ -67,9 +67,9 @@ def digest(paths: Iterable[Path]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, and of each library that pyproject.toml names."""
-    project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
-    names = [dependency.split("==")[0] for dependency in project["dependencies"]]
+    """Of Python, and of each library that pyproject.toml names for the pipeline."""
+    groups = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]
+    names = [dependency.split("==")[0] for dependency in groups["pipeline"]]
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 

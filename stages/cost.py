@@ -21,6 +21,7 @@ from dsa.indexer import SCALE_BYTES, pack_int8
 from dsa.masks import Visibility
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FLUSHED = 2**28  # bytes of caches that a processor's own memory does not hold
 MIN_SECONDS, MAX_REPEATS = 0.5, 100  # of a short call: a few repeats of a tenth of a millisecond tell nothing
 
 
@@ -156,6 +157,16 @@ def repeated_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Te
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+def one_query(attend: Callable) -> Callable:
+    """An attention function of transformers, as a function of q, k and v."""
+    return lambda q, k, v: attend(None, q, k, v, None, q.shape[-1] ** -0.5)[0]
+
+
+DENSE_TOKEN = {
+    "dense": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
+    "dense_grouped": one_query(grouped),
+    "dense_grouped_sdpa": one_query(grouped_sdpa),
+}
 DENSE = {"dense": causal_sdpa, "dense_repeated": repeated_sdpa}
 
 
@@ -224,6 +235,26 @@ def attention_of_a_row(shape: Shape, length: int, topks: list[int], dtype: torch
 
 
 @torch.no_grad()
+def attention_module(shape: Shape, length: int, topks: list[int], dtype: torch.dtype, repeats: int) -> dict:
+    """One layer's attention with its projections, the indexer's among them, over a whole row; no MLP, no cache."""
+    shape = replace(shape, layers=1, mlp=0)
+    model = model_of(replace(shape, mlp=16, vocab=16), max(topks), dtype).eval()
+    layer, positions = model.model.layers[0].self_attn, torch.arange(length, device=DEVICE)[None]
+    hidden = torch.randn(1, length, shape.hidden, generator=torch.Generator().manual_seed(length)).to(DEVICE, dtype)
+    rope = model.model.rotary_emb(hidden, positions)
+
+    def call(settings: dict) -> None:
+        switch(model, **settings)
+        layer(hidden, rope, Visibility(length, length), position_ids=positions)
+
+    found = arms(topks, length)
+    times = in_turn({arm: lambda s=settings: call(s) for arm, settings in found.items()}, repeats)
+    work = shape.prefill(length, None)
+    bounds = {arm: round(work / shape.prefill(length, topk_of(arm)), 2) for arm in found if arm != "dense"}
+    return {"length": length} | compared(times, bounds)
+
+
+@torch.no_grad()
 def prefill(shape: Shape, length: int, topks: list[int], dtype: torch.dtype, repeats: int, layers=None) -> dict:
     """A whole model, or so many of its layers, reads a row into its cache and gives the last token's logits."""
     shape = shape if layers is None else replace(shape, layers=layers, vocab=16)
@@ -266,6 +297,54 @@ def training(shape: Shape, length: int, topks: list[int], bf16: bool, repeats: i
     work = shape.training(length, None)
     bounds = {arm: round(work / shape.training(length, topk_of(arm)), 2) for arm in names if arm != "dense"}
     return {"length": length} | compared(in_turn({arm: lambda arm=arm: call(arm) for arm in names}, repeats), bounds)
+
+
+@torch.no_grad()
+def attention_of_a_token(shape: Shape, length: int, topks: list[int], dtype: torch.dtype, repeats: int) -> dict:
+    """One layer's selection and attention of a decoded token over random keys and values of `length` tokens.
+
+    Each call takes the next of so many caches that none is left in the processor's own from the call before, as in a
+    model of many layers.
+    """
+    shape = replace(shape, layers=1)
+    layer = model_of(replace(shape, mlp=16, vocab=16), max(topks), dtype).model.layers[0].self_attn.eval()
+    generator, width = torch.Generator().manual_seed(length), dtype.itemsize
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator).to(DEVICE, dtype)
+
+    def cache() -> tuple[torch.Tensor, ...]:
+        k, v = random(2, 1, shape.kv_heads, length, shape.head_dim)
+        index_k = random(1, length, shape.index_dim)
+        return k, v, index_k, pack_int8(index_k)
+
+    caches = [cache() for _ in range(2 + FLUSHED // shape.read(length, None, width, weights=False))]
+    q, index_q = random(1, shape.query_heads, 1, shape.head_dim), random(1, 1, shape.index_heads, shape.index_dim)
+    weights, visible = random(1, 1, shape.index_heads).float(), Visibility(1, length, length - 1)
+    names = [arm for arm in arms(topks, length, int8=True) if arm != "dense"]
+    turns = dict.fromkeys([*DENSE_TOKEN, *names], 0)
+
+    def call(arm: str) -> torch.Tensor:
+        turns[arm] += 1
+        k, v, *index_k = caches[turns[arm] % len(caches)]
+        if arm in DENSE_TOKEN:
+            return DENSE_TOKEN[arm](q, k, v)
+        layer.config.index_topk = topk_of(arm)
+        index = index_q, index_k["int8" in arm], weights
+        return sparse_attention(q, k, v, layer.select(index, q, k, visible), layer.scaling)
+
+    times = in_turn({arm: lambda arm=arm: call(arm) for arm in turns}, repeats)
+    bounds = {arm: token_bounds(shape, length, arm, width, whole=False) for arm in names}
+    return {"length": length} | compared(times, bounds)
+
+
+def token_bounds(shape: Shape, length: int, arm: str, width: int, whole: bool = True) -> dict[str, float]:
+    """Bounds of a decoded token's ratio, of a whole model or of its attention alone."""
+    weights = [shape.linear(dsa) + shape.hidden * shape.vocab if whole else 0 for dsa in (False, True)]
+    macs = [w + shape.keys(length, topk) for w, topk in zip(weights, (None, topk_of(arm)), strict=True)]
+    read = [shape.read(length, None, width, weights=whole)]
+    read.append(shape.read(length, topk_of(arm), width, "int8" in arm, weights=whole))
+    return {"multiply_adds": round(macs[0] / macs[1], 2), "bytes": round(read[0] / read[1], 2)}
 
 
 def filled_cache(model: Qwen2DSAForCausalLM, length: int) -> DynamicCache:
@@ -315,16 +394,5 @@ def decoding(
     times = in_turn({arm: lambda arm=arm: call(arm) for arm in found}, repeats)
     for t in times.values():
         t.update({name: round(value / max(1, generate), 4) for name, value in t.items()})
-    width = dtype.itemsize
-    macs = shape.linear(False) + shape.hidden * shape.vocab + shape.keys(length, None)
-    bounds = {
-        arm: {
-            "multiply_adds": round(
-                macs / (shape.linear(True) + shape.hidden * shape.vocab + shape.keys(length, topk_of(arm))), 2
-            ),
-            "bytes": round(shape.read(length, None, width) / shape.read(length, topk_of(arm), width, "int8" in arm), 2),
-        }
-        for arm in found
-        if not arm.startswith("dense")
-    }
+    bounds = {arm: token_bounds(shape, length, arm, dtype.itemsize) for arm in found if not arm.startswith("dense")}
     return {"length": length} | compared(times, bounds)

@@ -4,6 +4,7 @@ The reference is the arm's own model before the stage; its log-probabilities are
 on in policy and reference of the DSA arm.
 """
 
+import os
 import sys
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 from trl import DPOConfig
 
-from dsa import Qwen2DSAForCausalLM
+from dsa import DSAForCausalLM, load_model
 from dsa.data.rows import prompt_key, tokenize_pair
 from dsa.evaluation.predictions import greedy
 from dsa.training.dpo import DSADPOTrainer, PairScores, as_dataset, score_pair
@@ -23,7 +24,7 @@ from dsa.training.trainer import freeze
 from stages import params
 from stages.common import measured, owned
 from stages.files import read_rows, write_json
-from stages.training import checkpoints, first_and_last, run, trainer_options, use_all_cores, write_curve
+from stages.training import checkpoints, first_and_last, run, save, trainer_options, use_all_cores, whole, write_curve
 
 PAIRS = Path("data/pairs")
 LOGGED = ("loss", "rewards/accuracies", "rewards/margins", "kl", "learning_rate", "grad_norm")
@@ -43,11 +44,13 @@ def on_disk(pairs: list[dict], folder: Path) -> Dataset:
     return Dataset.load_from_disk(folder)
 
 
-def trainer_of(model: Qwen2DSAForCausalLM, tokenizer, p: params.Params, folder: Path) -> DSADPOTrainer:
+def trainer_of(model: DSAForCausalLM, tokenizer, p: params.Params, folder: Path) -> DSADPOTrainer:
     dpo = p.dpo
     trains_indexer = model.config.index_n_heads > 0 and dpo.indexer == "kl"
     freeze(model, backbone=False, indexer=not trains_indexer)
     pairs = list(islice(read_rows(PAIRS / "train.jsonl.gz"), dpo.steps * dpo.batch_size))
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise params.ParamsError("accelerate's config: use_fsdp: not for preferences, see docs/distributed.md")
     options = DPOConfig(
         **trainer_options(dpo, folder, p.seed),
         beta=dpo.beta,
@@ -64,7 +67,7 @@ def trainer_of(model: Qwen2DSAForCausalLM, tokenizer, p: params.Params, folder: 
     )
 
 
-def generate(tokenizer, reference: Qwen2DSAForCausalLM, model: Qwen2DSAForCausalLM, examples: list[dict]) -> list[dict]:
+def generate(tokenizer, reference: DSAForCausalLM, model: DSAForCausalLM, examples: list[dict]) -> list[dict]:
     """Greedy answers before and after, beside the chosen one."""
     return [
         {
@@ -97,20 +100,20 @@ def optimise(arm: str, p: params.Params, folder: Path) -> None:
     metrics: dict = {}
     with measured(metrics):
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = Qwen2DSAForCausalLM.from_pretrained(source, dtype="float32")
+        model = load_model(source, dtype="float32")
         held_out = list(islice(read_rows(PAIRS / "test.jsonl.gz"), dpo.held_out))
         test = [tokenize_pair(tokenizer, pair) for pair in held_out]
         trainer = trainer_of(model, tokenizer, p, folder)
         result = run(trainer, folder)
-        if not trainer.is_world_process_zero():
+        model = whole(trainer)
+        if model is None:
             return
-        reference = Qwen2DSAForCausalLM.from_pretrained(source, dtype="float32").eval().to(model.device)
+        reference = load_model(source, dtype="float32").eval().to(model.device)
         model.eval()
         # In float32: bfloat16 would round the logits by as much as the policy moves.
         scores = [score_pair(model, reference, example) for example in tqdm(test, desc="held-out pairs")]
         samples = generate(tokenizer, reference, model, test[: dpo.generations])
-    model.save_pretrained(f"models/dpo-{arm}")
-    tokenizer.save_pretrained(f"models/dpo-{arm}")
+    save(model, tokenizer, Path(f"models/dpo-{arm}"))
     curve = write_curve(trainer.state.log_history, Path(f"reports/dpo/{arm}.csv"), LOGGED)
     # What is independent of what: prompts, or where windows of the same files are drawn, the files' families.
     families = p.preference.split_by == "data_source"

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from dsa import Qwen2DSAForCausalLM
+from dsa import DSAForCausalLM, load_model
 from dsa.data.recall import Recall, Row
 from dsa.data.rows import END_OF_TURN, IGNORE, examples
 from dsa.evaluation.exact import exact
@@ -86,7 +86,7 @@ def summarize(tokenizer, rows: list[dict], texts: list[dict], predictions: list[
     }, lookups
 
 
-def generate(model: Qwen2DSAForCausalLM, tokenizer, rows: list[dict], texts: list[dict], count: int) -> list[dict]:
+def generate(model: DSAForCausalLM, tokenizer, rows: list[dict], texts: list[dict], count: int) -> list[dict]:
     """Greedy answers to the first question of the first look-up rows, or of any where there are none, and the truth."""
     samples = []
     wanted = [row for row, text in zip(rows, texts, strict=True) if is_lookup(text)] or rows
@@ -104,7 +104,7 @@ def generate(model: Qwen2DSAForCausalLM, tokenizer, rows: list[dict], texts: lis
     return samples
 
 
-def retrieval(model: Qwen2DSAForCausalLM, recall: Recall, lengths: list[int], rows: int, name: str) -> list[dict]:
+def retrieval(model: DSAForCausalLM, recall: Recall, lengths: list[int], rows: int, name: str) -> list[dict]:
     """Exact values by test and length, and by fifths of the depth; 20 questions a row of either test."""
     found = []
     for test, make in (("pairs", recall.pairs_row), ("needles", recall.needles_row)):
@@ -126,7 +126,7 @@ def recall_rows(make: Callable[[object, int], Row], length: int, rows: int) -> l
     return [first, *(make(seed, length) for seed in range(1, rows * QUESTIONS // len(first.spans)))]
 
 
-def floors(model: Qwen2DSAForCausalLM, recall: Recall, lengths: list[int], rows: int) -> list[dict]:
+def floors(model: DSAForCausalLM, recall: Recall, lengths: list[int], rows: int) -> list[dict]:
     """What is right without reaching back: of who sees the questions and not the context, and of who guesses among the
     context's values."""
     found = []
@@ -139,14 +139,14 @@ def floors(model: Qwen2DSAForCausalLM, recall: Recall, lengths: list[int], rows:
     return found
 
 
-def selection(model: Qwen2DSAForCausalLM, rows: list[dict], topk: int) -> dict[str, list[float]]:
+def selection(model: DSAForCausalLM, rows: list[dict], topk: int) -> dict[str, list[float]]:
     """Mass@k, oracle's mass@k and recall@k of each layer, means over the rows of more than k tokens; 1 if none is."""
     rows = [row for row in rows if len(row["input_ids"]) > topk] or rows[:1]
     each = [attention_mass(model, torch.tensor([r["input_ids"]], device=model.device), topk) for r in rows]
     return {name: [round(float(x), 4) for x in np.mean([e[name] for e in each], axis=0)] for name in each[0]}
 
 
-def heatmap(model: Qwen2DSAForCausalLM, row: dict, queries: int = 256) -> dict[str, np.ndarray]:
+def heatmap(model: DSAForCausalLM, row: dict, queries: int = 256) -> dict[str, np.ndarray]:
     """The last queries of a row, middle layer: what attention wanted and what the indexer offers, [queries, keys]."""
     layer = model.config.num_hidden_layers // 2
     observer = Heatmap(layer, queries)
@@ -161,7 +161,7 @@ class Evaluation:
     def __init__(self, group: arms.Group, p: params.Params):
         path, self.p, self.options = Path("data/long/test.jsonl.gz"), p, p.evaluate
         topk = {"index_topk": p.topk} if group.sparse else {}
-        self.model = Qwen2DSAForCausalLM.from_pretrained(group.model, dtype="float32", **topk).eval()
+        self.model = load_model(group.model, dtype="float32", **topk).eval()
         if torch.cuda.is_available():
             self.model.cuda()
         self.tokenizer = AutoTokenizer.from_pretrained(group.model)

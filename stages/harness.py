@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 from stages import params
-from stages.common import measured
 from stages.files import write_json
 
 TASKS = "data/local/tasks"  # where YAMLs that define a task have to be, and the files that they name
@@ -54,11 +53,11 @@ def score(arm: str, harness, seed: int) -> dict[str, dict[str, float]]:
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoTokenizer
 
-    from dsa import Qwen2DSAForCausalLM
+    from dsa import load_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "bfloat16" if device == "cuda" else "float32"
-    model = Qwen2DSAForCausalLM.from_pretrained(f"models/{arm}", dtype=dtype).eval().to(device)
+    model = load_model(f"models/{arm}", dtype=dtype).eval().to(device)
     tokenizer = AutoTokenizer.from_pretrained(f"models/{arm}")
     lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1, max_length=harness.max_length)
 
@@ -95,6 +94,8 @@ def main(arm: str) -> None:
     p = params.load(f"harness@{arm}")
     metrics: dict = {"tasks": {}}
     if p.harness.tasks:
+        from stages.common import measured
+
         with measured(metrics):
             metrics["tasks"] = score(arm, p.harness, p.seed)
     write_json(Path(f"reports/harness/{arm}.json"), metrics)

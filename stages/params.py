@@ -26,8 +26,9 @@ from pydantic import (
 )
 from ruamel.yaml import YAML, YAMLError
 
-Positive = Annotated[int, Field(gt=0)]
-Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**31)]  # positions are int32
+Natural = Annotated[int, Field(ge=0, lt=2**31)]
+Width = Annotated[int, Field(gt=0, le=2**16)]  # of a layer, in features or heads: more is no model but a slip
 Rate = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -64,8 +65,8 @@ class Section(BaseModel):
 
 
 class Indexer(Section):
-    n_heads: Positive
-    head_dim: Annotated[int, Field(gt=0, multiple_of=4)]  # RoPE turns half of it, in pairs
+    n_heads: Width
+    head_dim: Annotated[Width, Field(multiple_of=4)]  # RoPE turns half of it, in pairs
 
 
 class Model(Section):
@@ -88,13 +89,13 @@ class Phase(Section):
 
 class Pretrain(Section):
     vocab_size: Positive
-    hidden_size: Positive
-    intermediate_size: Positive
-    num_hidden_layers: Positive
-    num_attention_heads: Positive
-    num_key_value_heads: Positive
-    head_dim: Positive
-    rope_theta: Annotated[float, Field(gt=0)]
+    hidden_size: Width
+    intermediate_size: Width
+    num_hidden_layers: Width
+    num_attention_heads: Width
+    num_key_value_heads: Width
+    head_dim: Width
+    rope_theta: Annotated[float, Field(gt=0, le=1e12)]
     mixes: dict[str, dict[str, Annotated[float, Field(ge=0, le=1)]]]  # how often each kind of row
     phases: list[Phase]
     last_learning_rate: Rate
@@ -110,6 +111,13 @@ class Data(Section):
     max_bad_rows: Natural
     test_fraction: Rate
     split_by: Literal["prompt", "data_source"]
+
+    @field_validator("max_length")
+    @classmethod
+    def longer_than_wanted(cls, length: int, info: ValidationInfo) -> int:
+        if length <= (wanted := info.data.get("min_tokens", 0)):
+            raise ValueError(f"rows over data.min_tokens = {wanted} would all be cut to that or less")
+        return length
 
 
 class Preference(Section):
@@ -127,7 +135,7 @@ class Training(Section):
     steps: Positive
     batch_size: Positive  # rows a step, over all processes and micro-batches
     learning_rate: Rate
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     gradient_checkpointing: bool = False
 
 
@@ -141,7 +149,7 @@ class SparseTraining(Training):
 
 
 class DPO(Training):
-    beta: Annotated[float, Field(gt=0)]  # strength of the tie to the reference
+    beta: Annotated[float, Field(gt=0, le=1000)]  # strength of the tie to the reference
     indexer: Literal["frozen", "kl"]  # kept as it is, or trained on by its KL over the selected keys
     held_out: Positive  # pairs
     generations: Natural

@@ -19,6 +19,7 @@ from stages.files import write_json
 from stages.html import to_html
 from stages.markdown import page
 from stages.statistics import MARGIN, Predictions, equivalence, plain
+from stages.summary import summarize
 
 REPORTS = Path("reports")
 FIGURES = REPORTS / "figures"
@@ -158,18 +159,6 @@ def measure(p: params.Params, found: dict, predictions: Predictions) -> dict:
     }
 
 
-def summarize(tables: dict) -> dict:
-    """The few numbers that DVC lists beside each other."""
-    rows = {row["arm"]: row for table in ("trained", "untrained") for row in tables[table]}
-    return {
-        "loss": {arm: round(row["loss"], 4) for arm, row in rows.items()},
-        "gap": {arm: round(row["gap"][0], 4) for arm, row in rows.items()},
-        "retrieval": {arm: round(row["retrieval"], 4) for arm, row in rows.items()},
-        "retrieval_tokens": {arm: round(row["retrieval_tokens"], 4) for arm, row in rows.items()},
-        "reward_accuracy": {a: round(n["accuracy"][0], 4) for a, n in tables["preference"]["arms"].items()},
-    }
-
-
 def draw(p: params.Params, found: dict, tables: dict, predictions: Predictions) -> None:
     """All figures."""
     arms = {arm: predictions.nll(arm) for arm in TRAINED}
@@ -227,7 +216,9 @@ def main() -> None:
     FIGURES.mkdir(parents=True, exist_ok=True)
     draw(p, found, tables, predictions)
     write_page(p, found, tables)
-    write_json(REPORTS / "summary.json", summarize(tables))
+    rows = {row["arm"]: row for row in tables["trained"]}
+    selection = found["evaluations"]["dsa"]["selection"]
+    write_json(REPORTS / "summary.json", summarize(rows, selection, tables["preference"], stages_table(found)))
 
 
 if __name__ == "__main__":

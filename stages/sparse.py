@@ -3,7 +3,7 @@ loss, the indexer by its KL over the selected keys, from detached inputs."""
 
 from pathlib import Path
 
-from dsa import Qwen2DSAForCausalLM
+from dsa import load_model
 from dsa.training.trainer import freeze
 from stages import check, params
 from stages.training import train
@@ -13,7 +13,7 @@ def main() -> None:
     p = params.load("sparse")
     check.experiment()
     warm = Path("models/warmup")
-    model = Qwen2DSAForCausalLM.from_pretrained(warm, dtype="float32", attention_mode="sparse", index_topk=p.topk)
+    model = load_model(warm, dtype="float32", attention_mode="sparse", index_topk=p.topk)
     freeze(model, backbone=False, indexer=p.ablation == "no_kl")
     train(
         "sparse",

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, DynamicCache
 
-from dsa import Qwen2DSAForCausalLM
+from dsa import DSAForCausalLM, load_model
 from dsa.data.rows import examples
 from dsa.evaluation.predictions import changed
 from dsa.machine import supports_bf16
@@ -50,7 +50,7 @@ def table(times: dict[str, dict[str, float]], length: int, tokens: int) -> dict:
 
 
 @torch.no_grad()
-def prefill(model: Qwen2DSAForCausalLM, ids: torch.Tensor, found: Settings, repeats: int) -> dict:
+def prefill(model: DSAForCausalLM, ids: torch.Tensor, found: Settings, repeats: int) -> dict:
     """The row into a cache, and the last token's logits."""
 
     def call(arm: str) -> None:
@@ -62,7 +62,7 @@ def prefill(model: Qwen2DSAForCausalLM, ids: torch.Tensor, found: Settings, repe
 
 
 @torch.no_grad()
-def decoding(model: Qwen2DSAForCausalLM, ids: torch.Tensor, found: Settings, repeats: int, tokens: int) -> dict:
+def decoding(model: DSAForCausalLM, ids: torch.Tensor, found: Settings, repeats: int, tokens: int) -> dict:
     """So many tokens by `generate`, behind the row in the cache."""
     caches, length = {}, ids.shape[1] - 1
     for arm, changes in found.items():
@@ -90,7 +90,7 @@ def size(cache: DynamicCache) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def training(model: Qwen2DSAForCausalLM, ids: torch.Tensor, found: Settings, repeats: int, bf16: bool) -> dict:
+def training(model: DSAForCausalLM, ids: torch.Tensor, found: Settings, repeats: int, bf16: bool) -> dict:
     """Forward and backward of a row, as the stages train: DSA with the indexer's loss, the others without."""
     peaks: dict[str, float] = {}
 
@@ -128,7 +128,7 @@ def peak() -> float | None:
     return round(int(status.split("VmHWM:")[1].split()[0]) / 2**20, 2)
 
 
-def measure(model: Qwen2DSAForCausalLM, text: Callable[[int], torch.Tensor], p: params.Params, bf16: bool) -> dict:
+def measure(model: DSAForCausalLM, text: Callable[[int], torch.Tensor], p: params.Params, bf16: bool) -> dict:
     """Tables by name, one row a length; at the trained length for every k of the sweep, else for the experiment's."""
     options, trained = p.speed, p.data.max_length
     every = sorted({p.topk, *p.evaluate.topk_sweep})
@@ -155,7 +155,7 @@ def main() -> None:
     metrics: dict = {"topk": p.topk, "trained_length": p.data.max_length}
     with measured(metrics):
         tokenizer = AutoTokenizer.from_pretrained(MODEL)
-        model = Qwen2DSAForCausalLM.from_pretrained(MODEL, dtype="float32", index_topk=p.topk)
+        model = load_model(MODEL, dtype="float32", index_topk=p.topk)
         if torch.cuda.is_available():
             model.cuda()
         rows = examples(tokenizer, read_rows(Path("data/long/test.jsonl.gz")), p.data.max_length)

@@ -4,20 +4,22 @@ import gc
 import json
 import os
 import shutil
+import sys
 from itertools import islice
 from pathlib import Path
 
 import pandas as pd
 import torch
-from transformers import AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from dsa.data.rows import Collator, end_ids, examples
 from dsa.machine import cores, supports_bf16
-from dsa.modeling import Qwen2DSAForCausalLM
-from dsa.training.trainer import DSATrainer, MassProbe, TokenProgress
+from dsa.modeling import DSAForCausalLM
+from dsa.training.trainer import DSATrainer, MassProbe, StopOnSignal, TokenProgress
 from stages.common import measured, owned, scratch, versions
 from stages.files import read_rows, write_json
 from stages.params import ParamsError, Training, dependencies
+from stages.unattended import GO_ON
 
 LONG = Path("data/long")
 CHECKPOINTS = 5  # a run
@@ -63,9 +65,9 @@ def checkpoints(stage: str) -> Path:
 
 def last_checkpoint(folder: Path) -> str | None:
     """The newest complete checkpoint; one that a kill cut short is deleted."""
-    complete = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "model.safetensors")
+    complete = ("trainer_state.json", "optimizer.*", "scheduler.pt", "model.safetensors")  # FSDP's: optimizer.bin
     for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
-        if all((path / name).exists() for name in complete):
+        if all(any(path.glob(name)) for name in complete):
             try:
                 json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
             except ValueError:
@@ -84,8 +86,16 @@ def ignore_launcher() -> None:
     Raises ParamsError for what cannot be put aside, or would be true of this stage alone.
     """
     asked = {name.removeprefix("ACCELERATE_") for name, value in os.environ.items() if value.lower() in ("true", "1")}
-    if sharded := asked & {"USE_DEEPSPEED", "USE_FSDP", "USE_MEGATRON_LM", "USE_PARALLELISM_CONFIG"}:
-        raise ParamsError(f"accelerate's config: {sharded.pop().lower()}: processes here share the batch and no more")
+    if untried := asked & {"USE_DEEPSPEED", "USE_MEGATRON_LM", "USE_PARALLELISM_CONFIG"}:
+        raise ParamsError(
+            f"accelerate's config: {untried.pop().lower()}: not with these stages, see docs/distributed.md"
+        )
+    if "USE_FSDP" in asked:
+        for name, needed in (("FSDP_VERSION", "2"), ("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")):
+            if (given := os.environ.get(name)) != needed:
+                raise ParamsError(
+                    f"accelerate's config: {name.lower()}: {given} is not {needed}, see docs/distributed.md"
+                )
     if "USE_CPU" in asked and torch.cuda.is_available():
         raise ParamsError("accelerate's config: use_cpu: hide the GPU from all stages, by CUDA_VISIBLE_DEVICES=")
     for name in list(os.environ):
@@ -129,15 +139,23 @@ def trainer_options(section: Training, folder: Path, seed: int) -> dict:
 
 
 def run(trainer: Trainer, folder: Path) -> dict:
-    """Train, from the last checkpoint in `folder` if there is one. Returns the run's metrics."""
+    """Train, from the last checkpoint in `folder` if there is one. Returns the run's metrics.
+
+    Ends the process with the code GO_ON where SIGTERM cut the training short.
+    """
     trainer.pop_callback(next(c for c in trainer.callback_handler.callbacks if "Progress" in type(c).__name__))
     trainer.add_callback(progress := TokenProgress())
+    trainer.add_callback(StopOnSignal(trainer.accelerator))
     tokens_per_second = resumed_at = 0
     if trainer.args.max_steps > 0:  # 0 is no limit to the Trainer
         checkpoint = last_checkpoint(folder)
         resumed_at = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
         seconds = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
         tokens_per_second = round((trainer.state.num_input_tokens_seen - progress.tokens_before) / seconds)
+        if (step := trainer.state.global_step) < trainer.args.max_steps:
+            if trainer.is_world_process_zero():
+                print(f"SIGTERM: step {step} of {trainer.args.max_steps} is kept: run it again", file=sys.stderr)
+            raise SystemExit(GO_ON)
     return {
         "tokens": trainer.state.num_input_tokens_seen,
         "tokens_per_second": tokens_per_second,
@@ -145,6 +163,19 @@ def run(trainer: Trainer, folder: Path) -> dict:
         "resumed_at_step": resumed_at,
         "precision": PRECISIONS[trainer.accelerator.mixed_precision],
     }
+
+
+def whole(trainer: Trainer) -> DSAForCausalLM | None:
+    """The trained model, in the first process; None in the others. All call it: they may hold a shard each."""
+    state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    if not trainer.is_world_process_zero():
+        return None
+    if state is None:
+        return trainer.model
+    model = AutoModelForCausalLM.from_config(trainer.model.config, dtype=torch.float32)
+    model.load_state_dict(state)
+    model.generation_config = trainer.model.generation_config
+    return model.to(trainer.args.device)
 
 
 def first_and_last(curve: pd.DataFrame) -> dict[str, dict[str, float]]:
@@ -158,7 +189,7 @@ def first_and_last(curve: pd.DataFrame) -> dict[str, dict[str, float]]:
 
 def train(
     stage: str,
-    model: Qwen2DSAForCausalLM,
+    model: DSAForCausalLM,
     section: Training,
     *,
     seed: int,
@@ -190,15 +221,23 @@ def train(
             if trainer.trains_indexer:
                 trainer.add_callback(MassProbe(held_out, every=max(1, section.steps // 10)))
             result = run(trainer, folder)
-        if not trainer.is_world_process_zero():
+            trained = whole(trainer)
+        if trained is None:
             return
-        trainer.model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
+        save(trained, tokenizer, out)
         curve = write_curve(trainer.state.log_history, Path(f"reports/train/{stage}.csv"), LOGGED)
         rows_seen = sum(log.get("rows", 0) for log in trainer.state.log_history)
         metrics |= {"rows": round(rows_seen)} | result | first_and_last(curve)
         write_json(Path(f"reports/train/{stage}.json"), metrics)
         gc.collect()
+
+
+def save(model: DSAForCausalLM, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    """Write a model's folder, the same bytes everywhere: transformers would add that HF_HUB_OFFLINE is set."""
+    for name in ("is_local", "local_files_only"):  # how the tokenizer was loaded
+        tokenizer.init_kwargs.pop(name, None)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
 
 
 def write_curve(history: list[dict], path: Path, logged: tuple[str, ...]) -> pd.DataFrame:

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from dsa import Qwen2DSAForCausalLM
+from dsa import DSAForCausalLM, load_model
 from dsa.data.rows import IGNORE, examples
 from dsa.evaluation.predictions import attention_mass, observe_dense
 from stages import arms
@@ -71,7 +71,7 @@ def decomposition(predictions: Predictions, families: np.ndarray) -> dict[str, d
     return found
 
 
-def by_layer(model: Qwen2DSAForCausalLM, rows: list[dict], stored: np.ndarray) -> tuple[dict, dict]:
+def by_layer(model: DSAForCausalLM, rows: list[dict], stored: np.ndarray) -> tuple[dict, dict]:
     """Per layer: mass@k, recall@k, and the loss where it alone is sparse; and the sinks' part in it.
 
     Args:
@@ -225,7 +225,7 @@ def analyse(model_path: Path, rows_file: Path, count: int) -> dict:
     """All of the numbers of the page; the losses of single layers on the first `count` held-out rows."""
     start = time.monotonic()
     predictions = Predictions(arms.groups_of(*ARMS))
-    model = Qwen2DSAForCausalLM.from_pretrained(model_path, dtype="float32").eval()
+    model = load_model(model_path, dtype="float32").eval()
     if torch.cuda.is_available():
         model.cuda()
     tokenizer = AutoTokenizer.from_pretrained(model_path)

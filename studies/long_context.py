@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from dsa import Qwen2DSAForCausalLM
+from dsa import DSAForCausalLM, load_model
 from dsa.data.corpus import separate, source_files
 from dsa.evaluation.needles import DOCSTRING, SENTENCE, Form, Haystack, published, token_losses
 from dsa.evaluation.retrieval import Question, score
@@ -133,12 +133,12 @@ def published_items(tokenizer, paths: list[Path], count: int) -> list[Item]:
     return items
 
 
-def load(arm: str) -> Qwen2DSAForCausalLM:
-    model = Qwen2DSAForCausalLM.from_pretrained(model_of(arm), dtype="float32", **ARMS[arm].changes).eval()
+def load(arm: str) -> DSAForCausalLM:
+    model = load_model(model_of(arm), dtype="float32", **ARMS[arm].changes).eval()
     return model.cuda() if torch.cuda.is_available() else model
 
 
-def answers(model: Qwen2DSAForCausalLM, items: list[Item], name: str) -> np.ndarray:
+def answers(model: DSAForCausalLM, items: list[Item], name: str) -> np.ndarray:
     """`MEASURES` of each item, [items, 3]."""
     found = []
     for _, group in itertools.groupby(tqdm(items, desc=name), key=lambda item: (item.length, item.row)):

@@ -7,14 +7,14 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from dsa import Qwen2DSAForCausalLM, index_scores, select_topk
+from dsa import DSAForCausalLM, index_scores, select_topk
 from dsa.evaluation.predictions import predict
 from dsa.masks import Slab, membership
 from dsa.reference import MASKED, attention_logits, attention_target
 
 
 @contextmanager
-def sparse_in(model: Qwen2DSAForCausalLM, layers: Iterable[int]) -> Iterator[None]:
+def sparse_in(model: DSAForCausalLM, layers: Iterable[int]) -> Iterator[None]:
     """Sparse attention in these layers and dense attention in all others, each layer with a config of its own."""
     layers = set(layers)
     attentions = [layer.self_attn for layer in model.model.layers]
@@ -31,7 +31,7 @@ def sparse_in(model: Qwen2DSAForCausalLM, layers: Iterable[int]) -> Iterator[Non
             attention.config = config
 
 
-def losses(model: Qwen2DSAForCausalLM, rows: list[dict], layers: Iterable[int]) -> np.ndarray:
+def losses(model: DSAForCausalLM, rows: list[dict], layers: Iterable[int]) -> np.ndarray:
     """-log p of each token of the rows but their first, one after the other, with sparse attention in these layers."""
     with sparse_in(model, layers):
         return torch.cat([predict(model, row["input_ids"]).nll for row in rows]).double().numpy()

@@ -2,7 +2,7 @@
 
     python -m studies.sweep queue [topk] [indexer] [warmup] [ablation]    # dvc exp run --queue, once a point
     dvc exp run --run-all                                      # one after the other; or dvc queue start
-    python -m studies.sweep report                          # dvc exp show --json to reports/sweep.{json,md}
+    python -m studies.sweep report                          # DVC's experiments to reports/sweep.{json,md}
     python -m studies.sweep report --from FILE [FILE ...]   # the page of such files, without the experiments
 
 A point runs the stage `compare` and what it needs. `queue` leaves out points that are there or wait already, so a sweep
@@ -16,6 +16,8 @@ import re
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
+
+import dvc.api
 
 from stages import params
 from studies.sweep_points import GROUPS, SEEDS, TOPK, Point, base_point, plan
@@ -38,17 +40,15 @@ def output_of(command: list[str]) -> str:
 
 
 def shown(commit: str = "HEAD") -> list[dict]:
-    """The experiments that began at a commit, by `dvc exp show`."""
-    commits = json.loads(output_of(["dvc", "exp", "show", "--json", "--rev", commit]))
-    return [experiment for commit in commits for experiment in commit["experiments"] or []]
+    """The experiments that began at a commit: the rows of `dvc exp show`, by column."""
+    return [row for row in dvc.api.exp_show(revs=commit) if row["typ"] != "baseline"]
 
 
 def queue(groups: list[str], profile: str, topk: list[int], seeds: list[int]) -> None:
     points = [
         point for name, group in plan(base_point(profile), topk, seeds).items() if name in groups for point in group
     ]
-    states = {e["name"]: (e.get("executor") or {}).get("state", "success") for e in shown()}
-    there = {name for name, state in states.items() if state != "failed"}
+    there = {row["Experiment"] for row in shown() if row["State"] != "Failed"}
     wanted = [point for point in dict.fromkeys(points) if point.name(profile) not in there]
     for point in wanted:
         command = point.command(profile)
@@ -57,44 +57,41 @@ def queue(groups: list[str], profile: str, topk: list[int], seeds: list[int]) ->
     print(f"{len(wanted)} experiments queued, {len(set(points)) - len(wanted)} were there. Now: dvc exp run --run-all")
 
 
-def stages_of(log: Path) -> tuple[list[str], list[str]]:
-    """The stages that an experiment ran, and those that it took from the cache, by DVC's own log."""
-    text = log.read_text(encoding="utf-8", errors="replace")
-    ran = re.findall(r"^Running stage '([^']+)'", text, re.MULTILINE)
-    reused = re.findall(r"^Stage '([^']+)' (?:is cached|didn't change)", text, re.MULTILINE)
+def stages_of(experiment: str) -> tuple[list[str], list[str]] | tuple[None, None]:
+    """The stages that it ran, and those that it took from the cache, by DVC's own log; None where that is gone."""
+    done = subprocess.run(["dvc", "queue", "logs", experiment], capture_output=True, encoding="utf-8")
+    if done.returncode:
+        return None, None
+    ran = re.findall(r"^Running stage '([^']+)'", done.stdout, re.MULTILINE)
+    reused = re.findall(r"^Stage '([^']+)' (?:is cached|didn't change)", done.stdout, re.MULTILINE)
     return ran, [stage for stage in reused if stage != "pretrain"]  # frozen: its result is in git
 
 
+def written(experiment: dict, path: str) -> dict:
+    """A JSON file of the experiment's commit."""
+    return json.loads(output_of(["git", "show", f"{experiment['rev']}:{path}"]))
+
+
 def read_experiment(experiment: dict, profile: str) -> dict | None:
-    """One entry of `dvc exp show --json` as a row of the sweep; None where it is another's, failed or has not run."""
-    revision, executor = experiment["revs"][0], experiment.get("executor") or {}
-    data = revision["data"]
-    if revision.get("error") or executor.get("state", "success") != "success" or not data:
+    """One row of `shown` as a row of the sweep; None where it is another's, failed or has not run."""
+    if experiment["profile"] != profile or experiment["State"] not in (None, "Success"):
         return None
-    knobs = data["params"]["params.yaml"]["data"]
-    scale = data["params"].get(f"profiles/{profile}.yaml", {}).get("data")
-    if knobs["profile"] != profile or not scale or METRICS not in data["metrics"]:
+    warmup_steps = "warmup.steps"  # by the file's name where the commit that it began at has another profile
+    warmup_steps = experiment.get(f"profiles/{profile}.yaml:{warmup_steps}", experiment.get(warmup_steps))
+    numbers = (*(experiment[k] for k in ("topk", "indexer.n_heads", "indexer.head_dim")), warmup_steps)
+    point = Point(*map(int, numbers), seed=int(experiment["seed"]), ablation=experiment.get("ablation") or "none")
+    if (name := experiment["Experiment"]) != point.name(profile):
         return None
-    point = Point(
-        knobs["topk"],
-        **knobs["indexer"],
-        warmup_steps=scale["warmup"]["steps"],
-        seed=knobs["seed"],
-        ablation=knobs.get("ablation", "none"),
-    )
-    if experiment["name"] != point.name(profile):
-        return None
-    row = {"name": experiment["name"], **asdict(point), "metrics": data["metrics"][METRICS]["data"]}
-    row["device"] = data["metrics"][TRAINED]["data"]["run"]["device"]
-    log = Path((executor.get("local") or {}).get("log") or "")
-    row["ran"], row["reused"] = stages_of(log) if log.is_file() else (None, None)
-    # DVC shows no lists; the file of the experiment's commit has them.
-    row["rows"] = json.loads(output_of(["git", "show", f"{data['rev']}:{METRICS}"]))["rows"]
-    return row
+    metrics = written(experiment, METRICS)
+    rows = metrics.pop("rows")
+    ran, reused = stages_of(name)
+    device = written(experiment, TRAINED)["run"]["device"]
+    row = {"name": name, **asdict(point), "metrics": metrics}
+    return row | {"device": device, "ran": ran, "reused": reused, "rows": rows}
 
 
 def collect(profile: str, commit: str = "HEAD") -> dict:
-    """The sweep's experiments: `dvc exp show --json`, and each row's sums from the experiment's commit."""
+    """The sweep's experiments: DVC's list of them, and what they wrote, from the commit of each."""
     scale = ["params.yaml", f"profiles/{profile}.yaml"]
     if subprocess.run(["git", "diff", "--quiet", commit, "--", *scale]).returncode:
         raise SweepError(f"{' or '.join(scale)} differ from those of {commit}: check that commit out first")
@@ -155,7 +152,7 @@ def main() -> None:
     queues.add_argument("--topk", type=int, nargs="+", default=TOPK, help="of the group topk")
     queues.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     reports = commands.add_parser("report", help="write reports/sweep.json, sweep.md and the figures")
-    reports.add_argument("--from", dest="sources", type=Path, nargs="+", help="these files instead of dvc exp show")
+    reports.add_argument("--from", dest="sources", type=Path, nargs="+", help="these files instead of the experiments")
     reports.add_argument("--rev", default="HEAD", help="the commit that the experiments began at")
     for command in (queues, reports):
         command.add_argument("--profile", default="sweep")

@@ -65,7 +65,8 @@ def test_tasks_longer_than_their_prompts_may_be_are_refused(root):
 @pytest.mark.parametrize(
     "file,edit,line",
     [
-        ("config.json", {"model_type": "llama"}, "expected a qwen2 model, got 'llama'"),
+        ("config.json", {"model_type": "gpt2"}, "no DSA for a 'gpt2' model: none of arcee, "),
+        ("config.json", {"model_type": "bloom"}, "no DSA for a 'bloom' model: ALiBi"),
         ("config.json", {"use_sliding_window": True}, "use_sliding_window"),
         ("chat_template.jinja", None, "its tokenizer has no chat template"),
         ("tokenizer.json", ("<|im_end|>", "<|fin|>"), "its tokenizer does not know <|im_end|>"),

@@ -62,9 +62,12 @@ def test_decoding_repeats_the_same_token(generate):
     assert row["bound"]["dsa_8"]["bytes"] < row["bound"]["dsa_int8_8"]["bytes"]
 
 
-def test_all_tables_run_on_a_tiny_shape():
+def test_all_tables_run_on_a_tiny_shape(monkeypatch):
+    monkeypatch.setattr(cost, "FLUSHED", 20_000)
     for row in (
         cost.attention_of_a_row(TINY, 32, [8, 64], torch.float32, 1),
+        cost.attention_module(TINY, 32, [8, 64], torch.float32, 1),
+        cost.attention_of_a_token(TINY, 32, [8, 64], torch.float32, 1),
         cost.prefill(TINY, 32, [8], torch.float32, 1),
         cost.training(TINY, 32, [8], False, 1),
         cost.training(TINY, 32, [8], True, 1, layers=1),
@@ -96,15 +99,19 @@ def test_the_runs_own_shape_comes_from_its_config():
     assert own["attention"] == 4 * 4 * 16 and own["score"] == 2 * 2 * 16
 
 
-def fastest(calls: dict, rounds: int) -> dict[str, float]:
-    """Least seconds of each call, in turns."""
-    best = dict.fromkeys(calls, float("inf"))
-    for _ in range(rounds):
+def excess(calls: dict, ours, rounds: int = 6) -> float:
+    """The fastest of our calls over the fastest of all, by each one's least seconds, in turns. Other work on the
+    machine slows some calls and hastens none, so what is not within a tenth is given more turns."""
+    best, ratio = dict.fromkeys(calls, float("inf")), float("inf")
+    for turn in range(5 * rounds):
         for name, call in calls.items():
             start = time.perf_counter()
             call()
             best[name] = min(best[name], time.perf_counter() - start)
-    return best
+        ratio = min(best[name] for name in ours) / min(best.values())
+        if turn + 1 >= rounds and ratio <= 1.1:
+            break
+    return ratio
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -131,8 +138,7 @@ def test_dense_prefill_is_the_fastest_that_pytorch_has(dtype):
             repeated_logits(q, k, group).masked_fill(~mask, -torch.inf).softmax(-1) @ v.repeat_interleave(group, 1)
         ),
     }
-    found = fastest(calls, 6)
-    assert min(found[way] for way in cost.DENSE) <= 1.1 * min(found.values()), found
+    assert excess(calls, cost.DENSE) <= 1.1
 
 
 def repeated_logits(q, k, group):
@@ -154,8 +160,15 @@ def test_dense_decoding_is_the_fastest_that_pytorch_has():
         ),
         "plain products": lambda: repeated_logits(q, k, group).softmax(-1) @ v.repeat_interleave(group, 1),
     }
-    best = fastest(calls, 6)
-    assert min(best[way] for way in ("products", "grouped sdpa", "sdpa")) <= 1.1 * min(best.values()), best
+    assert excess(calls, ("products", "grouped sdpa", "sdpa")) <= 1.1
+
+
+@torch.no_grad()
+def test_the_ways_of_dense_decoding_agree():
+    q, (k, v) = torch.randn(1, 4, 1, 16), torch.randn(2, 1, 2, 50, 16)
+    first, *others = (attend(q, k, v).reshape(1, 4, 16) for attend in cost.DENSE_TOKEN.values())
+    for other in others:
+        torch.testing.assert_close(other, first)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ NOWHERE = {
     "dsa/__init__.py": "gives names to what other modules define",
     "stages/params.py": "hands on the values that DVC tracks one by one",
     "stages/check.py": "ends a run early that would end later, or does nothing",
+    "stages/unattended.py": "runs DVC",
     "stages/common.py": "says what a run cost, and keeps what a killed one goes on from",
 }
 FULL_ATTENTION = "every query attends to all keys, by transformers' own attention"

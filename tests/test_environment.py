@@ -25,6 +25,7 @@ def test_a_scratch_folder_needs_no_home_directory(monkeypatch, tmp_path):
         scratch("dense", {}, [])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="only Linux says what the launcher was given")
 @pytest.mark.parametrize("asked", [None, "1"])
 def test_the_number_of_threads_is_the_users(tmp_path, asked):

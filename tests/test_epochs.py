@@ -51,6 +51,7 @@ def test_every_step_has_the_whole_batch_and_every_epoch_all_rows(dense_model, tm
     assert result["tokens"] == sum(dealt) and [rows for rows, *_ in losses(trainer)] == [BATCH] * STEPS
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(dense_model, tmp_path):
     one = losses(train(model_for(dense_model, "sparse"), tmp_path, BATCH, 1, STEPS, ROWS))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -229,6 +229,7 @@ def finished_run(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_page_of_a_finished_run(finished_run, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["failures", "--rows", "3"])
     failures.main()

@@ -27,7 +27,7 @@ BAD = {
     18: (b'{"text": "a"}', "unknown schema"),
 }
 
-pytestmark = pytest.mark.skipif(not DATA.exists(), reason="the shared data are not here")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not DATA.exists(), reason="the shared data are not here")]
 
 
 def published_model(folder: Path) -> dict[str, bytes]:

@@ -29,6 +29,7 @@ needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_in_the_interpreter():
     settings = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # its products are tiny

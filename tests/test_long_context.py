@@ -50,6 +50,7 @@ def finished_run(tmp_path, monkeypatch, tokenizer):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_page_of_a_finished_run(finished_run, monkeypatch):
     arguments = ["--lengths", "400", "600", "2200", "--rows", "2", "--documents", "3", "--text", "book.txt.gz"]
     monkeypatch.setattr("sys.argv", ["long_context", *arguments, "--kv", "kv.jsonl.gz", "--kv-rows", "10"])

@@ -58,6 +58,7 @@ def peaks(kind: str) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("kind", ["warmup", "sparse", "prefill"])
 def test_peak_memory_grows_linearly(kind):

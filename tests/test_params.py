@@ -38,6 +38,9 @@ def test_every_profile_is_valid(root, profile):
         ({"indexer": {"n_heads": 4, "head_dim": 64, "dim": 3}}, "indexer.dim"),
         ({"indexer": {"n_heads": 0, "head_dim": 64}}, "indexer.n_heads"),
         ({"indexer": {"n_heads": 4, "head_dim": 30}}, "indexer.head_dim"),
+        ({"indexer": {"n_heads": 4, "head_dim": 10**9}}, "indexer.head_dim"),
+        ({"topk": 10**19}, "topk"),
+        ({"seed": 2**31}, "seed"),
         ({"tok": 3}, "tok"),
         ({"profile": "gpu"}, "profile"),
         ({"profile": None}, "profile"),
@@ -57,6 +60,28 @@ def test_a_bad_profile_key_is_named(root):
     change(root / "profiles/cpu.yaml", dense={"steps": 3, "batch_size": 1, "learning_rate": 0.1, "epochs": 2})
     with pytest.raises(SystemExit, match=r"profiles/cpu.yaml: dense.epochs"):
         params.load(root=root)
+
+
+@pytest.mark.parametrize(
+    "section,key,value,said",
+    [
+        ("data", "min_tokens", 2048, r"data.max_length: .* rows over data.min_tokens = 2048 would all be cut"),
+        ("data", "samples", 10**19, r"data.samples: .* less than 2147483648"),
+        ("dense", "steps", 10**19, r"dense.steps: "),
+        ("dense", "weight_decay", float("inf"), r"dense.weight_decay: "),
+        ("sparse", "weight_decay", 1e19, r"sparse.weight_decay: "),
+        ("pretrain", "hidden_size", 10**9, r"pretrain.hidden_size: "),
+        ("evaluate", "topk_sweep", [32, 10**19], r"evaluate.topk_sweep.1: "),
+        ("benchmark", "decode", [10**19], r"benchmark.decode.0: "),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_refused(root, section, key, value, said):
+    """All but inf were accepted."""
+    values = params.read(root / "profiles/cpu.yaml")[section]
+    change(root / "profiles/cpu.yaml", **{section: values | {key: value}})
+    with pytest.raises(SystemExit, match=rf"profiles/cpu\.yaml: {said}") as error:
+        params.load(root=root)
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_the_warmup_is_not_checkpointed(root):
@@ -143,6 +168,16 @@ def test_the_default_packages_are_those_of_the_corpus(profile, monkeypatch):
     assert {file.family.split("/")[0] for file in corpus.source_files(packages)} == {"networkx"}
 
 
+def test_the_sweeps_profile_is_the_defaults_but_for_its_length():
+    """DVC follows a value in the file that a stage names, so what the two share stands in both, and is the same."""
+    cpu, sweep = (params.read(ROOT / f"profiles/{name}.yaml") for name in ("cpu", "sweep"))
+    assert cpu.keys() - sweep.keys() == {"pretrain"} and not sweep.keys() - cpu.keys()
+    differ = {name for name in sweep if sweep[name] != cpu[name]}
+    assert differ == {"dense", "sparse", "evaluate"}
+    for name in ("dense", "sparse"):
+        assert cpu[name] | {"steps": cpu[name]["steps"] // 2} == sweep[name]
+
+
 def test_a_task_that_dvc_does_not_watch_is_refused(tmp_path):
     """Its YAML was edited, and `dvc repro` said that nothing had changed."""
     (tmp_path / "mine.yaml").write_text("task: mine", encoding="utf-8")
@@ -173,7 +208,7 @@ def test_what_dvc_writes_is_read(root, beta):
     assert params.read(root / "params.yaml") == loads_yaml(params.dump(content)) == content
 
 
-@pytest.mark.parametrize("written", ["yes", "'0.1'", ".nan", ".inf", "0.1.0", "1e", "0x"])
+@pytest.mark.parametrize("written", ["yes", "'0.1'", ".nan", ".inf", "1e300", "0.1.0", "1e", "0x"])
 def test_what_is_no_number_is_named(root, written):
     file = root / "params.yaml"
     file.write_text(file.read_text(encoding="utf-8").replace("beta: 0.1", f"beta: {written}"), encoding="utf-8")

@@ -130,6 +130,7 @@ def test_the_other_processes_of_a_run_share_its_folder(tmp_path, monkeypatch):
         assert folder.is_dir()
 
 
+@pytest.mark.slow
 def test_every_stage_with_a_scratch_folder_holds_it(project, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("DSA_SCRATCH", str(tmp_path_factory.mktemp("scratch")))
     shutil.rmtree("models/base")

@@ -16,6 +16,7 @@ from dsa import ablations, from_dense
 from dsa.data.rows import Collator
 from dsa.training.trainer import DSATrainer, freeze
 from stages import compare, params, training
+from stages.markdown import NBSP
 from studies import sweep
 from studies.sweep_points import SCARCE_TOPK
 from studies.sweep_report import CHANGES, Sweep, estimate, indexer_cost, pareto, verdicts, write_report
@@ -114,8 +115,8 @@ def test_the_page_has_the_numbers_and_says_what_is_missing(tmp_path):
     rows += [experiment(replace(BASE, topk=64, ablation="rope_all"), (2.0, 6.0)) | {"commit": "def"}]
     write_report(made(*rows), tmp_path)
     text = (tmp_path / "sweep.md").read_text(encoding="utf-8")
-    assert "| 256 | 1/8 | +0.1500 ± 0.0500 |" in text
-    assert "| 32 | 1/64 | +0.4000 ± 0.0000 | [+0.4000, +0.4000]" in text
+    assert f"| 256 | 1/8 | +0.1500{NBSP}±{NBSP}0.0500 |" in text
+    assert f"| 32 | 1/64 | +0.4000{NBSP}±{NBSP}0.0000 | [+0.4000, +0.4000]" in text
     assert "not excluded: k = 32 (+0.4000 [+0.4000, +0.4000]), k = 64 (" in text
     assert "by the whole interval: none." in text
     assert "1 × 16" in text and "Fewer than two lengths of warm-up were run" in text
@@ -202,33 +203,42 @@ def test_the_plan_covers_the_question_and_its_commands_set_existing_params(monke
 
 
 def shown(name, point, **more):
-    scale = {"warmup": {"steps": point.warmup_steps}}
-    knobs = {"profile": "sweep", "seed": point.seed, "topk": point.topk}
-    knobs["indexer"] = {"n_heads": point.n_heads, "head_dim": point.head_dim}
-    metrics = {sweep.TRAINED: {"data": {"run": {"device": "a machine"}}}, sweep.METRICS: {"data": {"gap": 0.1}}}
-    parameters = {"params.yaml": {"data": knobs}, "profiles/sweep.yaml": {"data": scale}}
-    revision = {"rev": "abc", "error": None, "data": {"rev": "abc", "params": parameters, "metrics": metrics}}
-    return {"name": name, "revs": [revision | more.pop("revision", {})], "executor": None} | more
+    """A row of `dvc.api.exp_show`, in which every number is a float."""
+    row = {
+        "Experiment": name,
+        "rev": "abc",
+        "typ": "branch_base",
+        "State": None,
+        "profile": "sweep",
+        "ablation": "none",
+    }
+    row |= {"seed": float(point.seed), "topk": float(point.topk), "warmup.steps": float(point.warmup_steps)}
+    return row | {"indexer.n_heads": float(point.n_heads), "indexer.head_dim": float(point.head_dim)} | more
 
 
-def test_experiments_are_read_by_their_state_and_params(monkeypatch, tmp_path):
+def test_experiments_are_read_by_their_state_and_params(monkeypatch):
     rows = {"tokens": [1], "lookups": [0], "gap": [0.1], "share_gap": [0.0]}
-    monkeypatch.setattr(sweep, "output_of", lambda command: json.dumps({"rows": rows}))
-    log = tmp_path / "log"
-    log.write_text(
+    files = {sweep.METRICS: {"gap": 0.1, "rows": rows}, sweep.TRAINED: {"run": {"device": "a machine"}}}
+    monkeypatch.setattr(sweep, "output_of", lambda command: json.dumps(files[command[-1].removeprefix("abc:")]))
+    log = (
         "Stage 'pretrain' didn't change, skipping\nStage 'dense' is cached - skipping run, checking out outputs\n"
-        "Running stage 'sparse':\n> python\nRunning stage 'evaluate@dsa':\n",
-        encoding="utf-8",
+        "Running stage 'sparse':\n> python\nRunning stage 'evaluate@dsa':\n"
     )
-    name, executor = BASE.name("sweep"), {"state": "success", "local": {"log": str(log)}}
-    row = sweep.read_experiment(shown(name, BASE, executor=executor), "sweep")
+    logs = subprocess.CompletedProcess([], 0, stdout=log)
+    monkeypatch.setattr(sweep.subprocess, "run", lambda *args, **options: logs)
+    name = BASE.name("sweep")
+    row = sweep.read_experiment(shown(name, BASE, State="Success"), "sweep")
     assert (row["ran"], row["reused"], row["rows"]) == (["sparse", "evaluate@dsa"], ["dense"], rows)
-    assert row["device"] == "a machine" and row["topk"] == 256
+    assert row["device"] == "a machine" and row["topk"] == 256 and row["metrics"] == {"gap": 0.1}
+    logs.returncode = 255
     assert sweep.read_experiment(shown(name, BASE), "sweep")["ran"] is None  # the log is gone
+    # Where the commit has another profile, DVC gives its params the names of their files.
+    both = {"profiles/sweep.yaml:warmup.steps": 40.0, "profiles/cpu.yaml:warmup.steps": 7.0, "warmup.steps": 7.0}
+    assert sweep.read_experiment(shown(name, BASE, **both), "sweep")["warmup_steps"] == 40
     # A failed experiment shows the committed metrics of its parent: they are not its own.
-    assert sweep.read_experiment(shown(name, BASE, executor={"state": "failed"}), "sweep") is None
-    assert sweep.read_experiment(shown(name, BASE, revision={"error": {"msg": "no"}}), "sweep") is None
-    assert sweep.read_experiment(shown(name, BASE, executor={"state": "queued"}), "sweep") is None
+    for state in ("Failed", "Queued", "Running"):
+        assert sweep.read_experiment(shown(name, BASE, State=state), "sweep") is None
+    assert sweep.read_experiment(dict.fromkeys(shown(name, BASE)), "sweep") is None  # cannot be read
     assert sweep.read_experiment(shown("another", BASE), "sweep") is None
     assert sweep.read_experiment(shown(name, BASE), "cpu") is None
 

@@ -187,9 +187,21 @@ def test_accelerates_own_config_sets_no_precision(
     assert trainer.accelerator.state.dynamo_plugin.backend == DynamoBackend.NO
 
 
-@pytest.mark.parametrize("name", ["USE_FSDP", "USE_DEEPSPEED", "USE_MEGATRON_LM", "USE_CPU"])
+@pytest.mark.parametrize("name", ["USE_DEEPSPEED", "USE_PARALLELISM_CONFIG", "USE_MEGATRON_LM", "USE_CPU"])
 def test_what_accelerates_config_asks_for_in_vain_is_named(tmp_path, monkeypatch, name):
     monkeypatch.setenv(f"ACCELERATE_{name}", "True")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ParamsError, match=f"accelerate's config: {name.lower()}"):
         training.trainer_options(Training(steps=1, batch_size=2, learning_rate=0.01), tmp_path, seed=0)
+
+
+@pytest.mark.parametrize("name,value", [("FSDP_VERSION", "1"), ("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")])
+def test_fsdp_of_another_kind_than_was_tried_is_named(tmp_path, monkeypatch, name, value):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
+    section = Training(steps=1, batch_size=2, learning_rate=0.01)
+    training.trainer_options(section, tmp_path, seed=0)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ParamsError, match=f"accelerate's config: {name.lower()}: {value} is not"):
+        training.trainer_options(section, tmp_path, seed=0)

@@ -15,7 +15,7 @@ import torch
 from dsa.data.rows import Conversation, encode, render
 from dsa.evaluation.predictions import answer_spans
 from dsa.evaluation.retrieval import Question, question
-from dsa.modeling import Qwen2DSAForCausalLM
+from dsa.modeling import DSAForCausalLM
 
 # Frequent in any text, so that a small vocabulary has a token for each.
 WORDS = [
@@ -152,7 +152,7 @@ def published(tokenizer, rows: Iterable[dict]) -> Iterator[Question]:
 
 
 @torch.no_grad()
-def token_losses(model: Qwen2DSAForCausalLM, ids: list[int], slab: int = 1024) -> torch.Tensor:
+def token_losses(model: DSAForCausalLM, ids: list[int], slab: int = 1024) -> torch.Tensor:
     """-log p of each token of a text but its first, float32 [L - 1]; logits of `slab` positions at a time, for those of
     32K tokens would be 20 GB with Qwen2.5's vocabulary."""
     x = torch.tensor([ids], device=model.device)

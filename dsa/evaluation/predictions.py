@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from dsa.config import Qwen2DSAConfig
+from dsa.config import DSAConfig
 from dsa.data.rows import IGNORE
 from dsa.indexer import index_scores
 from dsa.masks import Slab, membership
-from dsa.modeling import AttentionObserver, Qwen2DSAForCausalLM
+from dsa.modeling import AttentionObserver, DSAForCausalLM
 from dsa.reference import attention_target
 from dsa.selector import select_topk
 
@@ -27,7 +27,7 @@ class RowPredictions:
 
 
 @torch.no_grad()
-def predict(model: Qwen2DSAForCausalLM, ids: list[int]) -> RowPredictions:
+def predict(model: DSAForCausalLM, ids: list[int]) -> RowPredictions:
     """One row, without padding, in the model's own precision."""
     x = torch.tensor([ids], device=model.device)
     logits = model(x, use_cache=False).logits[0, :-1].float()
@@ -36,7 +36,7 @@ def predict(model: Qwen2DSAForCausalLM, ids: list[int]) -> RowPredictions:
 
 
 @torch.no_grad()
-def greedy(model: Qwen2DSAForCausalLM, prompt: list[int], max_new_tokens: int) -> list[int]:
+def greedy(model: DSAForCausalLM, prompt: list[int], max_new_tokens: int) -> list[int]:
     """What the model answers to a prompt, up to the end that its generation config names."""
     ids = torch.tensor([prompt], device=model.device)
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False)
@@ -120,7 +120,7 @@ class SelectionStatistics:
 
 
 @contextmanager
-def changed(config: Qwen2DSAConfig, **fields) -> Iterator[None]:
+def changed(config: DSAConfig, **fields) -> Iterator[None]:
     """Other values of a config's fields, for as long as it is held."""
     before = {name: getattr(config, name) for name in fields}
     try:
@@ -133,7 +133,7 @@ def changed(config: Qwen2DSAConfig, **fields) -> Iterator[None]:
 
 
 @torch.no_grad()
-def observe_dense(model: Qwen2DSAForCausalLM, ids: torch.Tensor, observer: AttentionObserver) -> None:
+def observe_dense(model: DSAForCausalLM, ids: torch.Tensor, observer: AttentionObserver) -> None:
     """Show an observer the model on ids [B, L] under dense attention, whatever its mode."""
     training = model.training
     model.eval()
@@ -144,7 +144,7 @@ def observe_dense(model: Qwen2DSAForCausalLM, ids: torch.Tensor, observer: Atten
         model.train(training)
 
 
-def attention_mass(model: Qwen2DSAForCausalLM, ids: torch.Tensor, topk: int) -> dict[str, list[float]]:
+def attention_mass(model: DSAForCausalLM, ids: torch.Tensor, topk: int) -> dict[str, list[float]]:
     """`SelectionStatistics` of ids [B, L]: each of its names with a number a layer."""
     statistics = SelectionStatistics(topk)
     observe_dense(model, ids, statistics)

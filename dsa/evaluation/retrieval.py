@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from dsa.data.rows import encode, render
 from dsa.evaluation.predictions import answer_spans
-from dsa.modeling import Qwen2DSAForCausalLM
+from dsa.modeling import DSAForCausalLM
 
 QUESTION = "Extract the value corresponding to the specified key in the JSON object below."
 
@@ -50,7 +50,7 @@ def common(a: list[int], b: list[int]) -> int:
 
 
 @torch.no_grad()
-def score(model: Qwen2DSAForCausalLM, items: Iterable[Question]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def score(model: DSAForCausalLM, items: Iterable[Question]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Of each value's tokens, given the true ones before: whether it is the first choice (bool [n]), and its loss
     (float32 [n], nats).
 

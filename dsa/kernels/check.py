@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 from dsa import kernels, reference
-from dsa.kernels.cpu import attend, decode, loss, select
+from dsa.kernels.cpu import attend, decode, loss, select, warmup
 from dsa.masks import Slab, Visibility
 
 # Of a relative RMS error, against float64: some roundings of the type for sums of this length.
@@ -102,10 +102,10 @@ def _loss(device, dtype, head_dim: int) -> float:
 
 def _loss_error(compute, index_shape: tuple[int, int], dtype, q, k, indices) -> float:
     """Of a `compute` of `dsa.losses.MeanLoss`, index tensors in dtype."""
-    H, D = index_shape
-    index = _random(q.device, dtype, (1, 40, H, D), (1, 40, D), (1, 40, H))
+    (H, D), T = index_shape, q.shape[2]
+    index = _random(q.device, dtype, (1, T, H, D), (1, T, D), (1, T, H))
     wide = [x.detach().double().requires_grad_() for x in index]
-    visible, valid = Visibility(40, 40), torch.ones(1, 40, dtype=torch.bool, device=q.device)
+    visible, valid = Visibility(T, T), torch.ones(1, T, dtype=torch.bool, device=q.device)
     scaling = q.shape[3] ** -0.5
     total, grads = compute([x.detach() for x in index], q, k, scaling, visible, indices, valid, True)
     mean = reference.indexer_kl(*wide, q.double(), k.double(), scaling, visible, indices)
@@ -157,9 +157,16 @@ def _own_loss(device, dtype, Hq: int, Hkv: int, head_dim: int, index_heads: int,
     return _loss_error(loss.kl_of_selected, (index_heads, index_dim), torch.float32, q, k, _indices(device))
 
 
+def _warmup_loss(device, dtype, Hq: int, Hkv: int, head_dim: int, index_heads: int, index_dim: int) -> float:
+    """Over more keys than a tile has."""
+    q, k = (x.detach() for x in _random(device, dtype, (1, Hq, 150, head_dim), (1, Hkv, 150, head_dim)))
+    return _loss_error(warmup.kl_of_all, (index_heads, index_dim), torch.float32, q, k, None)
+
+
 CPU = {
     attend: ("sparse attention", _own_attention),
     decode: ("decoding attention", _decoding),
     loss: ("indexer loss", _own_loss),
     select: ("key selection", _selection),
+    warmup: ("dense indexer loss", _warmup_loss),
 }

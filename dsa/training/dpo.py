@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import DynamicCache
 from trl import DPOTrainer
 
-from dsa.modeling import IndexerLoss, Qwen2DSAForCausalLM
+from dsa.modeling import DSAForCausalLM, IndexerLoss
 from dsa.training.trainer import SplitOptimizer, WholeBatches
 
 
@@ -19,7 +19,7 @@ class DSADPOTrainer(WholeBatches, SplitOptimizer, DPOTrainer):
     """TRL's DPOTrainer, which trains whatever of the model is not frozen.
 
     TRL runs the backbone and scores the LM head in tiles itself: the layers, and with them sparse attention, are the
-    model's own in policy and reference, but `Qwen2DSAForCausalLM.forward` is passed by. So where the indexer is
+    model's own in policy and reference, but `DSAForCausalLM.forward` is passed by. So where the indexer is
     trained, its loss is collected here. DPO's own loss gives it no gradient.
     """
 
@@ -63,7 +63,7 @@ class PairScores:
 
 @torch.no_grad()
 def answer_log_probs(
-    model: Qwen2DSAForCausalLM, prompt: list[int], answers: list[list[int]]
+    model: DSAForCausalLM, prompt: list[int], answers: list[list[int]]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Next-token log-probabilities at every position of each answer, [L, V], and those of its own tokens, [L].
 
@@ -81,7 +81,7 @@ def answer_log_probs(
     return [(log_probs[i, : len(answer)], own[i, : len(answer)]) for i, answer in enumerate(answers)]
 
 
-def score_pair(policy: Qwen2DSAForCausalLM, reference: Qwen2DSAForCausalLM, example: dict) -> PairScores:
+def score_pair(policy: DSAForCausalLM, reference: DSAForCausalLM, example: dict) -> PairScores:
     """Score a pair of `dsa.data.rows.tokenize_pair`."""
     answers = [example["chosen_ids"], example["rejected_ids"]]
     ours = answer_log_probs(policy, example["prompt_ids"], answers)

@@ -7,17 +7,19 @@ Three kinds of run share this one Trainer:
 Both losses are means over the global batch: they do not change with micro-batch, accumulation or number of processes.
 """
 
+import signal
 import time
 
 import torch
+from accelerate import Accelerator
 from torch.utils.data import RandomSampler
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from dsa.evaluation.predictions import attention_mass
-from dsa.modeling import Qwen2DSAForCausalLM
+from dsa.modeling import DSAForCausalLM
 
 
-def freeze(model: Qwen2DSAForCausalLM, *, backbone: bool, indexer: bool) -> None:
+def freeze(model: DSAForCausalLM, *, backbone: bool, indexer: bool) -> None:
     """Freeze (True) or train (False) the two halves of the model."""
     for parameter in model.backbone_parameters():
         parameter.requires_grad_(not backbone)
@@ -46,7 +48,7 @@ class SplitOptimizer:
     Only what is not frozen is trained, and only that has optimizer state.
     """
 
-    def __init__(self, model: Qwen2DSAForCausalLM, *args, indexer_learning_rate: float | None = None, **kwargs):
+    def __init__(self, model: DSAForCausalLM, *args, indexer_learning_rate: float | None = None, **kwargs):
         self.trains_indexer = any(p.requires_grad for p in model.indexer_parameters())
         self.trains_backbone = any(p.requires_grad for p in model.backbone_parameters())
         self.indexer_learning_rate = indexer_learning_rate
@@ -150,6 +152,28 @@ class MassProbe(TrainerCallback):
             state.log_history.append(
                 {"step": state.global_step} | {f"mass_layer_{i}": m for i, m in enumerate(mass["mass"])}
             )
+
+
+class StopOnSignal(TrainerCallback):
+    """On SIGTERM the step at hand is the last one: a checkpoint, and the end of the training, in all processes."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator, self.asked = accelerator, False
+
+    def ask(self, *_) -> None:
+        self.asked = True
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.previous = signal.signal(signal.SIGTERM, self.ask)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.asked:
+            self.accelerator.set_trigger()
+        if self.accelerator.check_trigger():  # some process was asked
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, self.previous)
 
 
 class TokenProgress(ProgressCallback):

@@ -84,6 +84,8 @@ def _load(source: str, march: str, defines: tuple) -> ctypes.CDLL:
         compiler = version("ziglang")
     except PackageNotFoundError:
         raise BuildError("the ziglang wheel, which holds the compiler, is not installed") from None
+    if not (HERE / source).exists():
+        raise BuildError(f"the C source {source} is not there: this is the code of an exported model")
     flags = [*FLAGS, *(f"-D{name}={value}" for name, value in defines)]
     if march != "native":  # which is what no flag means
         flags.append(f"-march={march}")

@@ -17,13 +17,20 @@ Index = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # index queries, keys a
 def obstacle(dtype: torch.dtype, Hq: int, Hkv: int, D: int, H: int, DI: int) -> str | None:
     """Why `kl_of_selected` cannot run for q and k of such a type, numbers of heads and head size, and H index heads of
     size DI; None if it can."""
+    return (
+        unsupported(dtype, D, H, DI)
+        or build.obstacle("target.c", **defines(dtype, units_of(Hq, Hkv), D))
+        or build.obstacle("loss.c", HQ=H, HKV=1, D=DI)
+    )
+
+
+def unsupported(dtype: torch.dtype, D: int, H: int, DI: int) -> str | None:
+    """What of the type or the sizes no loss kernel has been written for."""
     if dtype not in DTYPES:
         return f"{dtype} is not one of {tuple(DTYPES)}"
     if D not in HEAD_DIMS or H not in HEADS or DI not in HEAD_DIMS:
         return f"heads of {D} and {H} index heads of {DI} are not of {HEAD_DIMS}, up to {max(HEADS)}"
-    return build.obstacle("target.c", **defines(dtype, units_of(Hq, Hkv), D)) or build.obstacle(
-        "loss.c", HQ=H, HKV=1, D=DI
-    )
+    return None
 
 
 def kl_of_selected(

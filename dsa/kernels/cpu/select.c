@@ -12,7 +12,6 @@
 #define BLOCK 16                         // queries that share a tile while it is in L1
 #define HEADS (H < 4 ? H : 4)            // heads at once
 #define QUERIES (H < 3 ? 4 / H : 1)      // queries at once: as many rows of accumulators as four heads
-#define NV 6                             // vectors of keys at once, at most
 #define AHEAD (2 * NT)                   // keys between what decoding reads and what it prefetches
 #define INFINITY __builtin_inff()
 
@@ -37,18 +36,7 @@ static inline vi seen(const struct list *list, vi position) {
 
 static inline vf relu(vf x) { return (vf)((vi)x & ~(x < 0)); }  // keeps NaN
 
-#define INLINE static inline __attribute__((always_inline))  // for each number of queries anew
-
-// acc[r][j] += q[r] . keys c + j * LANES ..  of a tile, for rows r and nv vectors j; q[r] [STEPS]
-INLINE void dots(const int rows, const int nv, vn acc[][NV], const number *const q[], const struct tile *tile, int c) {
-#pragma clang loop unroll_count(2)
-    for (int d = 0; d < STEPS; d++)
-        UNROLL for (int r = 0; r < rows; r++)
-            UNROLL for (int j = 0; j < nv; j++)
-                acc[r][j] = add_product(acc[r][j], q[r][d], load_numbers(tile->k[d] + c + j * LANES));
-}
-
-// The same of one vector of keys that are not packed.
+// `dots` with one vector of keys that are not packed.
 INLINE void dots_of_rows(const int rows, vn acc[][NV], const number *const q[], const struct rows *keys,
                          struct tile *tile, int c) {
     const char *later = keys->at + (c + AHEAD) * keys->stride;
@@ -77,7 +65,7 @@ INLINE void dots_of_rows(const int rows, vn acc[][NV], const number *const q[], 
 INLINE void rank(const int queries, const number *q, const float *w, struct tile *tile, const struct rows *keys,
                  struct list *lists) {
     const int rows = queries * HEADS;
-    const int nv = keys ? 1 : REGISTERS == 32 || rows == 1 ? NV : rows == 2 ? 4 : 2;  // what registers hold
+    const int nv = keys ? 1 : VECTORS(rows);
     for (int c = 0; c < NT; c += nv * LANES) {
         vf sum[QUERIES][NV] = {};
         UNROLL for (int h = 0; h < H; h += HEADS) {
@@ -86,7 +74,7 @@ INLINE void rank(const int queries, const number *q, const float *w, struct tile
             vn acc[QUERIES * HEADS][NV] = {};
             UNROLL for (int r = 0; r < queries * heads; r++) qs[r] = q + (r / heads * H + h + r % heads) * STEPS;
             if (keys) dots_of_rows(queries * heads, acc, qs, keys, tile, c);
-            else dots(queries * heads, nv, acc, qs, tile, c);
+            else dots(queries * heads, nv, STEPS, acc, qs, tile->k, c);
 
             UNROLL for (int r = 0; r < queries * heads; r++)
                 UNROLL for (int j = 0; j < nv; j++) {
@@ -227,15 +215,7 @@ static void load_queries(number *to, float *to_w, const float *q, const float *w
     }
 }
 
-int dsa_tile_keys(void) { return NT; }
-int dsa_tile_bytes(void) { return sizeof(struct tile); }
 int dsa_block(void) { return BLOCK; }
-
-// Tiles from .. to - 1 of rows [S], see pack.
-void dsa_pack(const char *rows, int64_t stride, const uint8_t *real, int64_t S, int64_t from, int64_t to,
-              struct tile *tiles) {
-    for (int64_t i = from; i < to; i++) pack(&tiles[i], rows, stride, real, i * NT, S);
-}
 
 // Queries t0 .. t1 - 1 of q [T][H][D] and w [T][H], the heads' weights, which `scale` multiplies. Query t
 // sees the keys first[t] (or 0, where first is NULL) .. offset + t.

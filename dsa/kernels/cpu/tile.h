@@ -7,6 +7,7 @@
 #include "columns.h"
 
 #define NT 96              // keys in a tile: at D = 64 of floats 24 KB, which stays in L1 while many queries pass over it
+#define NV 6               // vectors of keys in registers at once, at most
 #define NOWHERE INT32_MAX  // position of what is no key
 
 #if defined INT8 && defined __AVX512VNNI__
@@ -85,6 +86,7 @@ static inline void describe(struct tile *tile, struct rows *rows, const char *ke
     rows->stride = stride;
     if (n < NT) {
         for (int i = 0; i < n; i++) __builtin_memcpy(rows->copy[i], rows->at + i * stride, ROW_BYTES);
+        __builtin_memset(rows->copy[n], 0, (NT - n) * ROW_BYTES);
         rows->at = rows->copy[0];
         rows->stride = ROW_BYTES;
     }
@@ -121,4 +123,26 @@ static void pack(struct tile *tile, const char *keys, int64_t stride, const uint
         }
         store_int(tile->bias + c, bias);
     }
+}
+
+#define INLINE static inline __attribute__((always_inline))  // for each number of rows anew
+#define VECTORS(rows) (REGISTERS == 32 || (rows) == 1 ? NV : (rows) == 2 ? 4 : 2)  // of keys, whose sums registers hold
+
+// acc[r][j] += q[r] [steps] . columns c + j * LANES .. of k [steps][NT], for rows r and nv vectors j
+INLINE void dots(const int rows, const int nv, const int steps, vn acc[][NV], const number *const q[],
+                 const number (*k)[NT], int c) {
+#pragma clang loop unroll_count(2)
+    for (int d = 0; d < steps; d++)
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int j = 0; j < nv; j++)
+                acc[r][j] = add_product(acc[r][j], q[r][d], load_numbers(k[d] + c + j * LANES));
+}
+
+int dsa_tile_keys(void) { return NT; }
+int dsa_tile_bytes(void) { return sizeof(struct tile); }
+
+// Tiles from .. to - 1 of rows [S], see pack.
+void dsa_pack(const char *rows, int64_t stride, const uint8_t *real, int64_t S, int64_t from, int64_t to,
+              struct tile *tiles) {
+    for (int64_t i = from; i < to; i++) pack(&tiles[i], rows, stride, real, i * NT, S);
 }

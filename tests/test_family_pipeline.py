@@ -1,0 +1,65 @@
+"""The stages, one after the other, on a random small base of other families than Qwen2: the profile names it."""
+
+import importlib
+import json
+import shutil
+
+import pytest
+from transformers import AutoTokenizer
+
+from stages import params
+from tests.conftest import ROOT, small_model
+from tests.test_families import OWN
+
+STAGES = ("model", "download", "filter", "pairs", "dense", "warmup", "sparse", "window", "dpo dense", "dpo dsa")
+STAGES += ("evaluate dense", "evaluate dsa", "evaluate window")
+
+
+def small(profile: dict) -> dict:
+    """Of the smoke profile, what takes a few seconds."""
+    profile["model"] = {"source": "data/local/model"}
+    profile["data"] |= {"packages": ["trl", "dvc"], "rows": 24, "min_tokens": 256, "samples": 12, "max_length": 320}
+    profile["preference"] |= {"rows": 12, "pairs": 8}
+    for stage in ("dense", "warmup", "sparse"):
+        profile[stage]["steps"] = 2
+    profile["dpo"] |= {"held_out": 2, "steps": 1}
+    profile["evaluate"] |= {"rows": 2, "retrieval": {"lengths": [512], "depths": 2, "rows": 1}}
+    return profile
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A copy of the project, in whose folder the test runs, with the smoke profile made smaller."""
+    for name in ("params.yaml", "dvc.yaml", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for name in ("dsa", "stages", "profiles"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "data/base").mkdir(parents=True)
+    path = tmp_path / "profiles/smoke.yaml"
+    path.write_text(params.dump(small(params.read(path))), encoding="utf-8")
+    path = tmp_path / "params.yaml"
+    path.write_text(params.dump(params.read(path) | {"profile": "smoke", "topk": 32}), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DSA_SCRATCH", str(tmp_path / "scratch"))
+    monkeypatch.setattr("stages.training.use_all_cores", lambda: None)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_the_pipeline_trains_and_evaluates_another_family(project, model_type):
+    base = project / "data/local/model"
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/base")
+    tokenizer.save_pretrained(base)
+    more = {"vocab_size": 4096, "max_position_embeddings": 2048, "initializer_range": 0.05}
+    small_model(model_type, **OWN.get(model_type, {}) | more).save_pretrained(base)
+    for stage in STAGES:
+        name, *arguments = stage.split()
+        importlib.import_module(f"stages.{name}").main(*arguments)
+    for arm in ("dense", "warmup", "dsa", "window", "dpo-dense", "dpo-dsa"):
+        config = json.loads((project / f"models/{arm}/config.json").read_text(encoding="utf-8"))
+        assert config["model_type"] == f"{model_type}_dsa", arm
+    curve = (project / "reports/train/sparse.csv").read_text(encoding="utf-8").splitlines()
+    assert len(curve) == 3 and "kl_layer_2" in curve[0] and "lm_loss" in curve[0]
+    measured = json.loads((project / "reports/evaluate/dsa.json").read_text(encoding="utf-8"))
+    assert measured["arms"]["dsa"]["loss"] > 0
