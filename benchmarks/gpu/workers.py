@@ -8,6 +8,7 @@ from multiprocessing import get_context
 CASE_SECONDS = 90  # after which a case hangs
 START_SECONDS = 120  # of a process, imports included
 GRACE = 10  # seconds beyond the deadline for a case that has begun
+PATIENCE = 5  # times as long on a CPU, which may be busy
 LEAST = 5  # seconds for which no process is started
 
 
@@ -28,7 +29,7 @@ def run_part(part: str, rehearse: bool, deadline: float, report) -> None:
         problem = None
         try:
             while problem is None and (names is None or done < len(names)):
-                limit = START_SECONDS if names is None else CASE_SECONDS
+                limit = (START_SECONDS if names is None else CASE_SECONDS) * (PATIENCE if rehearse else 1)
                 if not ours.poll(max(0, min(limit, deadline + GRACE - time.monotonic()))):
                     problem = "over its time"
                 elif isinstance(message := ours.recv(), tuple):
