@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +36,8 @@ MAX_FAMILY_CHARS = 8_000_000  # transformers/models alone would be a third of th
 LONG_LINE = 32  # characters; shorter lines are shared by unrelated files
 MAX_SHARED = 0.2  # share of a held-out file's long lines that may also stand on the training side
 MAX_QUESTIONS = 8
+MAX_NOTES = 20
+PAIRS_SHARE = 0.4  # of the rows that only need reaching back; the others hide notes in a text
 MAX_ANSWER_CHARS = 90
 GUESSABLE = re.compile(r"\((self|cls)?\)")  # a signature without a parameter of its own needs no look-up
 
@@ -220,6 +223,44 @@ def lookup_row(file: SourceFile, chars: int, rng: random.Random) -> dict | None:
     }
 
 
+def random_facts(rng: random.Random, words: list[str]) -> Iterator[tuple[str, str]]:
+    """Random keys and values without end, each put together from the beginnings of two words; no key twice."""
+    seen = set()
+    while True:
+        key, value = ("".join(w[: rng.randint(2, 5)] for w in rng.choices(words, k=2)) for _ in range(2))
+        if key not in seen:
+            seen.add(key)
+            yield key, value
+
+
+def recall_row(file: SourceFile, chars: int, rng: random.Random) -> dict | None:
+    """Random facts, asked for in another order: a JSON object that fills the row, or notes in a window of the file.
+
+    Nothing but reaching back helps. The forms are those of dsa/data/recall.py, which the base model was trained on and
+    which retrieval is measured with, here with other keys and values.
+    """
+    words = sorted(set(re.findall(r"[A-Za-z]{4,}", file.text)))
+    if len(words) < 40:
+        return None
+    known = random_facts(rng, words)
+    if rng.random() < PAIRS_SHARE:
+        kind, told = "pairs", [f'"{key}": "{value}",' for key, value in islice(known, chars // 38)]
+        lines = told
+    else:
+        kind, told = "notes", [f"    # note: {key} is {value}." for key, value in islice(known, MAX_NOTES)]
+        _, lines = window(file.text, chars - 30 * MAX_NOTES, rng)
+        for note in told:
+            lines.insert(rng.randint(0, len(lines)), note)
+    asked = rng.sample(told, min(MAX_NOTES, len(told)))
+    return {
+        "instruction": "Give these facts again, in another order." if kind == "pairs" else "Give the notes again.",
+        "input": "\n".join(lines),
+        "output": "\n".join(asked),
+        "history": [],
+        "type_keyword": ["recall", kind],
+    }
+
+
 def draw(sides: list[list[SourceFile]], shares: list[float], rng: random.Random) -> Iterator[SourceFile]:
     """Files without end: a side by its share, then one of its files by the square root of its length."""
     weights = [[len(f.text) ** 0.5 for f in files] for files in sides]
@@ -234,7 +275,8 @@ def rows(
     count: int,
     seed: int,
     chars: tuple[int, int, int] = (1_500, 6_500, 5_500),
-    lookup_share: float = 0.5,
+    lookup_share: float = 0.3,
+    recall_share: float = 0.4,
 ) -> Iterator[dict]:
     """`count` rows in the schema of deepctrl-sft-data, the same for the same files and seed.
 
@@ -246,7 +288,8 @@ def rows(
     for file in draw(sides, shares, rng):
         if made == count:
             return
-        make = lookup_row if rng.random() < lookup_share else continuation_row
+        kinds = {lookup_row: lookup_share, recall_row: recall_share}
+        (make,) = rng.choices([*kinds, continuation_row], [*kinds.values(), 1 - sum(kinds.values())])
         row = make(file, int(rng.triangular(*chars)), rng)
         if row is None:
             continue
