@@ -24,10 +24,10 @@ GENERATED = 8  # tokens of a call of `generate`
 
 
 def tables(options: Benchmark, topks: list[int], indexer: Indexer, full: bool) -> dict[str, list[Callable[[], dict]]]:
-    """name -> measurements, one a length. `layer`: of Qwen2.5-0.5B; `model`: the small one, whole.
+    """name -> measurements, one a length. `layer`: of Qwen2.5-0.5B; `model`: a small one, whole, of random weights.
 
-    In bfloat16 too where this device has it: the small model and decoding. With `full` there is also what the stage has
-    no time for: the rest in bfloat16, a layer's attention with its projections and that of a decoded token, and all of
+    The stage has a layer in float32: its models' own cost is measured by the stage `speed`. With `full` there is the
+    rest: bfloat16, a layer's attention with its projections and that of a decoded token, the small model, and all of
     Qwen2.5-0.5B in decoding.
     """
     layer = replace(cost.QWEN, index_heads=indexer.n_heads, index_dim=indexer.head_dim)
@@ -38,20 +38,19 @@ def tables(options: Benchmark, topks: list[int], indexer: Indexer, full: bool) -
     def table(name: str, measurement: Callable, lengths: list[int], *args, **kwargs) -> None:
         found[name] = [lambda n=n: measurement(args[0], n, *args[1:], repeats, **kwargs) for n in lengths]
 
-    for name, dtype in ({"": f32} | ({"_bf16": bf16} if supports_bf16() else {})).items():
-        if full or dtype == f32:
-            table(f"layer_attention{name}", cost.attention_of_a_row, options.prefill, layer, topks, dtype)
-            table(f"layer_prefill{name}", cost.prefill, options.prefill, layer, topks, dtype, layers=1)
-            table(f"layer_train{name}", cost.training, options.train, layer, topks, dtype == bf16, layers=1)
+    for name, dtype in ({"": f32} | ({"_bf16": bf16} if full and supports_bf16() else {})).items():
+        table(f"layer_attention{name}", cost.attention_of_a_row, options.prefill, layer, topks, dtype)
+        table(f"layer_prefill{name}", cost.prefill, options.prefill, layer, topks, dtype, layers=1)
+        table(f"layer_train{name}", cost.training, options.train, layer, topks, dtype == bf16, layers=1)
+        table(f"layer_decode{name}", cost.decoding, options.decode, layer, topks, dtype, layers=1)
         if full:
             table(f"layer_module{name}", cost.attention_module, options.prefill, layer, topks, dtype)
             table(f"layer_token{name}", cost.attention_of_a_token, options.decode, layer, topks, dtype)
-        table(f"layer_decode{name}", cost.decoding, options.decode, layer, topks, dtype, layers=1)
-        table(f"model_prefill{name}", cost.prefill, options.prefill, model, few, dtype)
-        table(f"model_train{name}", cost.training, options.train, model, few, dtype == bf16)
-        table(f"model_decode{name}", cost.decoding, options.decode, model, few, dtype)
-    table("model_generate", cost.decoding, options.decode, model, few, f32, generate=GENERATED)
+            table(f"model_prefill{name}", cost.prefill, options.prefill, model, few, dtype)
+            table(f"model_train{name}", cost.training, options.train, model, few, dtype == bf16)
+            table(f"model_decode{name}", cost.decoding, options.decode, model, few, dtype)
     if full:
+        table("model_generate", cost.decoding, options.decode, model, few, f32, generate=GENERATED)
         table("full_decode_bf16", cost.decoding, [n for n in options.decode if n <= 32768], layer, topks[-1:], bf16)
     return found
 

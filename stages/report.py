@@ -176,7 +176,7 @@ def draw(p: params.Params, found: dict, tables: dict, predictions: Predictions) 
     figures.heatmap(*maps, int(predictions.arrays["heatmap_layer"]), FIGURES / "heatmap.png")
     if found["base"]:
         curve = pd.read_csv(f"{EMBEDDED}/pretrain.csv")
-        figures.base_curve(curve, found["base"]["held_out_loss"], FIGURES / "base_curve.png")
+        figures.base_curve(curve, FIGURES / "base_curve.png")
     dpo = {arm: pd.read_csv(REPORTS / f"dpo/{arm}.csv") for arm in PAIR}
     figures.preference(dpo, tables["preference"], FIGURES / "preference.png")
     histogram = found["data"]["filter"]["length_histogram"]

@@ -13,8 +13,9 @@ def summarize(rows: dict[str, dict], selection: dict, preference: dict, stages: 
         preference: `stages.preference.summarize`.
         stages: what each stage cost, `{"seconds": ..., "peak_memory_gb": ...}`.
 
-    Losses in nats a token, over the answers; look-ups by the share of their tokens that is right, pairs by
-    the share found exactly in the longest rows, mass by the share of dense attention that the selected keys hold; `_se` is one standard error.
+    Losses in nats a token, over the answers; look-ups by the share of their tokens that is right, pairs by the share
+    found exactly in the longest rows, mass by the share of dense attention that the selected keys hold; `_se` is one
+    standard error.
     """
     dense, dsa = rows["dense"], rows["dsa"]
     memory = [stage.get("peak_device_memory_gb", stage["peak_memory_gb"]) for stage in stages]
