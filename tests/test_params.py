@@ -65,7 +65,7 @@ def test_a_bad_profile_key_is_named(root):
 @pytest.mark.parametrize(
     "section,key,value,said",
     [
-        ("data", "min_tokens", 2048, r"data.max_length: .* rows over data.min_tokens = 2048 would all be cut"),
+        ("data", "min_tokens", 4096, r"data.max_length: .* rows over data.min_tokens = 4096 would all be cut"),
         ("data", "samples", 10**19, r"data.samples: .* less than 2147483648"),
         ("dense", "steps", 10**19, r"dense.steps: "),
         ("dense", "weight_decay", float("inf"), r"dense.weight_decay: "),
