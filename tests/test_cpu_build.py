@@ -45,7 +45,8 @@ def test_a_kernel_is_compiled_once_without_a_warning_and_the_user_is_told(cache,
 
 @pytest.mark.parametrize("source", sorted(path.name for path in build.HERE.glob("*.c")))
 def test_it_compiles_for_arm_without_a_warning(source, tmp_path):
-    shape = {"select.c": ["-DH=4", "-DD=64"], "decode.c": ["-DG=7", "-DD=64"]}.get(
+    heads = ["-DH=4", "-DD=64"]
+    shape = {"select.c": heads, "warmup.c": heads, "decode.c": ["-DG=7", "-DD=64"]}.get(
         source, ["-DHQ=14", "-DHKV=2", "-DD=64"]
     )
     flags = [*build.FLAGS, "-target", "aarch64-linux-gnu", *shape]
