@@ -40,7 +40,7 @@ from stages.common import owned, scratch
 from stages.params import Pretrain
 
 OUT = Path("data/base")
-LENGTHS = [512, 2048, 4096, 8192, 16384]  # at which the result is measured
+LENGTHS = [512, 2048, 4096, 8192]  # at which the result is measured
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # Qwen2's own split: contractions, words, single digits, punctuation, line ends, spaces.
 SPLIT = (
