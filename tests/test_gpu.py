@@ -13,7 +13,9 @@ from tests.conftest import ROOT
 ABSENT = ("datasets", "dvc", "matplotlib", "pandas", "pyarrow", "pydantic", "ruamel", "trl", "ziglang")
 
 
-@pytest.mark.slow
+@pytest.mark.skipif(
+    "DSA_REHEARSAL" not in os.environ, reason="the interpreter takes a quarter of an hour: set DSA_REHEARSAL"
+)
 def test_the_rehearsal_runs_every_case(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--out", str(tmp_path), "--commit", "abc"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")

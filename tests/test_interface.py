@@ -10,7 +10,10 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 from dsa import from_dense, modeling
 
 CLASSES = ("Qwen2DSAAttention", "Qwen2DSADecoderLayer", "Qwen2DSAModel", "Qwen2DSAForCausalLM")
-MORE = {"Qwen2DSAAttention": ["position_ids", "observer", "index_rotation"], "Qwen2DSAForCausalLM": ["output_indexer_kl"]}
+MORE = {
+    "Qwen2DSAAttention": ["position_ids", "observer", "index_rotation"],
+    "Qwen2DSAForCausalLM": ["output_indexer_kl"],
+}
 
 
 @pytest.fixture(params=["sparse", "dense"])
