@@ -104,18 +104,18 @@ def payoff(budgets: pd.DataFrame, topk: int, length: int, path: Path) -> None:
             axis.plot(
                 x, y, color=COLORS[color], marker=marker, label=labels[arm], linestyle="-" if arm != "dense" else ""
             )
-            for place, k, height in zip(x, rows["topk"], y, strict=True):
+            for number, (place, k, height) in enumerate(zip(x, rows["topk"], y, strict=True)):
                 name = "all keys" if arm == "dense" else f"k={k:.0f}" if k == topk else f"{k:.0f}"
-                weight = "bold" if k == topk else "normal"
-                axis.annotate(name, (place, height), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8,
-                              color=COLORS[color], weight=weight)  # fmt: skip
+                above = 7 if number % 2 == 0 else -15  # so that neighbours do not lie on each other
+                axis.annotate(name, (place, height), xytext=(0, above), textcoords="offset points", ha="center",
+                              fontsize=8, color=COLORS[color], weight="bold" if k == topk else "normal")  # fmt: skip
         if not timed:
             axis.set_xscale("log", base=2)
         axis.set_xlabel(f"prefill, microseconds a token at {length:,} tokens" if timed else "k, keys per query")
         axis.margins(y=0.12)
     if asks:
         axes[0, 0].set_ylabel("key-value pairs found exactly (%)")
-        axes[0, 0].set_ylim(-6, 112)
+        axes[0, 0].set_ylim(-10, 110)
     axes[0, -1].axhline(0, color=COLORS["dense"], linewidth=0.8)
     axes[0, -1].set_ylabel("answer loss minus dense (nats per token)")
     axes[0, 0].legend(loc="center right")
@@ -208,7 +208,7 @@ def row_lengths(histogram: dict[str, int], least: int, longest: int, path: Path)
 def retrieval_by_distance(
     distance: np.ndarray, rows: np.ndarray, shares: dict[str, np.ndarray], topk: int, path: Path
 ) -> None:
-    edges = np.array([0, 128, 256, 512, 768, 1024, 1536, 2048, 1 << 20])
+    edges = np.array([0, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 1 << 20])
     edges = edges[: np.searchsorted(edges, distance.max(initial=1), side="right") + 1]
     figure, axis = plt.subplots(figsize=(7.5, 4))
     which = np.digitize(distance, edges) - 1
@@ -217,7 +217,7 @@ def retrieval_by_distance(
         mean, error = np.array([mean_with_error(share[which == b], rows[which == b]) for b in bins]).T.reshape(2, -1)
         at = np.arange(len(bins)) + 0.08 * (place - 1)  # beside each other
         axis.errorbar(at, 100 * mean, 100 * error, **line(arm) | {"linewidth": 1.5}, marker="osD"[place])
-    names = [f"{edges[b]}–{edges[b + 1]}\nn={(which == b).sum()}" for b in bins]
+    names = [f"{edges[b]}–{min(edges[b + 1], distance.max())}\nn={(which == b).sum()}" for b in bins]
     axis.set_xticks(range(len(bins)), names)
     axis.set_xlabel(f"tokens between the definition and the answer (k = {topk})")
     axis.set_ylabel("answer tokens right (%)")
@@ -271,7 +271,8 @@ def dense_over_dsa(cost: dict, path: Path) -> None:
     places = {name: -i for i, name in enumerate(dict.fromkeys(name for name, *_ in rows))}
     figure, axis = plt.subplots(figsize=(10, 0.42 * len(places) + 1.4))
     colors = {"float32": COLORS["dsa"], "bfloat16": COLORS["warmup"]}
-    for number, shift in (("float32", 0.2), ("bfloat16", -0.2)):
+    types = list(dict.fromkeys(number for _, number, *_ in rows))
+    for number, shift in zip(types, (0.2, -0.2) if len(types) > 1 else (0.0,), strict=True):
         own = [(places[name] + shift, ratio, bound) for name, n, ratio, bound in rows if n == number]
         axis.barh([y for y, *_ in own], [r for _, r, _ in own], height=0.36, color=colors[number], label=number)
         for y, ratio, bound in own:

@@ -20,6 +20,9 @@ def root(tmp_path, monkeypatch):
     return tmp_path
 
 
+FOURS = {name: {"batch_size": 4} for name in ("dense", "warmup", "sparse")}
+
+
 def change(path, **sections):
     content = params.read(path)
     for section, values in sections.items():
@@ -37,8 +40,8 @@ def test_the_profiles_pass(root, profile):
 @pytest.mark.parametrize(
     "knobs,scale,machine,line",
     [
-        ({}, {name: {"batch_size": 4} for name in ("dense", "warmup", "sparse")} | {"dpo": {"batch_size": 6}}, {"WORLD_SIZE": "4"}, "dpo: batch_size: 6 rows cannot be split over 4"),
-        ({}, {"dense": {"batch_size": 4}, "warmup": {"batch_size": 4}, "sparse": {"batch_size": 6}}, {"DSA_MICRO_BATCH": "4"}, "sparse: batch_size: 6 rows cannot be split"),
+        ({}, FOURS | {"dpo": {"batch_size": 6}}, {"WORLD_SIZE": "4"}, "dpo: batch_size: 6 rows cannot be split over 4"),
+        ({}, FOURS | {"sparse": {"batch_size": 6}}, {"DSA_MICRO_BATCH": "4"}, "sparse: batch_size: 6 rows cannot be sp"),
         ({"indexer": {"n_heads": 3}, "ablation": "per_kv_head"}, {}, {}, "indexer, ablation: index_per_kv_head: .*=3"),
     ],
 )  # fmt: skip
