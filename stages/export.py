@@ -18,7 +18,7 @@ from stages.common import git_commit
 from stages.markdown import page
 
 REPORTS = Path("reports")
-FILES = ("data/model.json", "data/filter.json", "summary.json", "compare.json")
+FILES = ("data/model.json", "data/filter.json", "report.json")
 REFERENCE = {"dsa": "dense", "warmup": "base"}  # the same weights, or the same budget, under dense attention
 
 
@@ -26,7 +26,9 @@ def card(model, arm: str) -> str:
     """The model card of an arm, in Markdown."""
     p = params.load()
     read = {name: json.loads((REPORTS / name).read_text(encoding="utf-8")) for name in FILES}
-    base, rows, summary, compared = (read[name] for name in FILES)
+    base, rows, report = (read[name] for name in FILES)
+    found = {row["arm"]: row for table in ("trained", "untrained") for row in report[table]}
+    own, other = found[arm], found[REFERENCE[arm]]
     context = {
         "p": p,
         "config": model.config,
@@ -35,12 +37,12 @@ def card(model, arm: str) -> str:
         "base": base["source"] + (f" at {base['revision']}" if base["revision"] else ""),
         "hub_id": base["source"].removeprefix("hf://").split("@")[0] if base["source"].startswith("hf://") else None,
         "rows": rows,
-        "loss": summary["loss"][arm],
-        "loss_dense": summary["loss"][REFERENCE[arm]],
-        "gap": summary["gap"][arm],
-        "gap_se": compared["gap_se"] if arm == "dsa" else None,
-        "share": summary["retrieval_tokens"].get(arm),
-        "share_dense": summary["retrieval_tokens"].get(REFERENCE[arm]),
+        "loss": own["loss"],
+        "loss_dense": other["loss"],
+        "gap": own["gap"][0],
+        "gap_se": own["gap"][1],
+        "share": own["retrieval_tokens"] if own["lookups"] else None,
+        "share_dense": other["retrieval_tokens"],
         "backbone": sum(parameter.numel() for parameter in model.backbone_parameters()),
         "indexer": sum(parameter.numel() for parameter in model.indexer_parameters()),
         "commit": git_commit(),

@@ -7,9 +7,9 @@ from typing import get_args
 from stages import params
 
 TOPK = (32, 64, 128, 256, 512, 1024)
-INDEXERS = ((1, 16), (1, 64), (4, 16), (4, 64), (8, 128))  # heads x size; 1 x 64 and 4 x 16 cost the same to score
+INDEXERS = ((1, 16), (1, 32), (2, 16), (2, 32), (4, 16), (4, 32), (2, 64), (16, 16))  # heads x size
 SCARCE_TOPK = (64,)  # of the groups below the first: a bad choice of keys costs more where they are few
-WARMUP = (0, 10, 40, 80)  # steps
+WARMUP = (0, 25, 50, 100, 200)  # steps
 ABLATIONS = get_args(params.Ablation)
 SEEDS = (0, 1, 2)
 GROUPS = ("topk", "indexer", "warmup", "ablation")

@@ -141,8 +141,9 @@ def project(tmp_path, monkeypatch):
 def test_a_trained_arm_is_exported_with_a_card_of_the_runs_numbers(project, arm):
     stage.main(["out", "--arm", arm])
     card = (project / "out/README.md").read_text(encoding="utf-8")
-    summary = json.loads((project / "reports/summary.json").read_text(encoding="utf-8"))
-    for number in (f"{summary['loss'][arm]:.4f}", f"{summary['gap'][arm]:+.4f}", "4 heads of 8 in each of 3 layers"):
+    report = json.loads((project / "reports/report.json").read_text(encoding="utf-8"))
+    (own,) = (row for table in ("trained", "untrained") for row in report[table] if row["arm"] == arm)
+    for number in (f"{own['loss']:.4f}", f"{own['gap'][0]:+.4f}", "4 heads of 8 in each of 3 layers"):
         assert number in card
     assert arms.LABELS[arm] in card and "{{" not in card and str(project) not in card
     model = load_model(project / "out")

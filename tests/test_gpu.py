@@ -36,6 +36,7 @@ def test_the_rehearsal_runs_every_case(tmp_path):
     assert "abc" in page and "mean nothing" in page and "Failed" not in page and "| sparse | 10 |" in page
 
 
+@pytest.mark.slow
 def test_it_needs_no_other_package():
     """Machines with a GPU have PyTorch, Triton and transformers: the rest is as if it were not installed here."""
     code = (
@@ -48,6 +49,7 @@ def test_it_needs_no_other_package():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+@pytest.mark.slow
 def test_without_a_device_one_line_says_so(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path)]
     done = subprocess.run(

@@ -81,6 +81,7 @@ def both(tmp_path_factory):
     ]
 
 
+@pytest.mark.slow
 def test_no_environment_user_time_or_path_reaches_models_and_data(both):
     here, there = both
     wanted = {

@@ -48,6 +48,7 @@ def result(project):
     return metrics["resumed_at_step"], metrics["tokens"], [(project / name).read_bytes() for name in files]
 
 
+@pytest.mark.slow
 def test_a_run_told_to_end_says_go_on_and_the_next_one_ends_in_the_same_bits(run):
     log = run.project / "log"
     resumed, *whole = result(run.project)
