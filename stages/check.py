@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from dsa import ablations
 from dsa.convert import config_of
+from dsa.data.recall import Recall
 from dsa.data.rows import END_OF_TURN
 from stages import params
 from stages.training import split_batch
@@ -47,3 +49,6 @@ def experiment() -> None:
         fields = ablations.fields(p.ablation, p.indexer.head_dim)
         heads = {"index_n_heads": p.indexer.n_heads, "index_head_dim": p.indexer.head_dim}
         config_of(AutoConfig.from_pretrained(BASE), index_topk=p.topk, **heads, **fields)
+    with named("evaluate"):
+        if lengths := p.evaluate.retrieval.lengths:
+            Recall(AutoTokenizer.from_pretrained(BASE), torch.zeros(0)).pairs_row(0, min(lengths))

@@ -221,8 +221,8 @@ class Evaluation:
     def budgets(self) -> None:
         """The trained weights at other k than they were trained with, with the indexer's choice and with the latest
         keys, and under dense attention: losses on the first rows, exact answers at the longest trained length."""
-        options, lengths = self.options, self.options.retrieval.lengths
-        longest = [max((n for n in lengths if n <= self.p.data.max_length), default=0)] if lengths else []
+        options = self.options
+        trained = [length for length in options.retrieval.lengths if length <= self.p.data.max_length]
         settings = {"dense": ("dense", None, {"attention_mode": "dense"})}
         for k in sorted({self.p.topk, *options.topk_sweep}):
             for arm, selector in (("dsa", "indexer"), ("window", "window")):
@@ -232,7 +232,7 @@ class Evaluation:
             summary, _ = self.predictions(f"budget_{name}", changes, options.control_rows)
             numbers = {key: summary[key] for key in ("loss", "loss_all_tokens", "retrieval", "retrieval_tokens")}
             with changed(self.model.config, **changes):
-                cells = retrieval(self.model, self.recall, longest, options.retrieval.rows, name)
+                cells = retrieval(self.model, self.recall, sorted(trained)[-1:], options.retrieval.rows, name)
             numbers |= {cell["test"]: cell["exact"] for cell in cells}
             self.metrics["budgets"].append({"arm": arm, "topk": k, **numbers})
 

@@ -23,7 +23,7 @@ def small(profile: dict) -> dict:
     for stage in ("dense", "warmup", "sparse"):
         profile[stage]["steps"] = 2
     profile["dpo"] |= {"held_out": 2, "steps": 1}
-    profile["evaluate"] |= {"rows": 2, "retrieval": {"lengths": [512], "depths": 2, "rows": 1}}
+    profile["evaluate"] |= {"rows": 2, "retrieval": {"lengths": [1024], "rows": 1}}
     return profile
 
 

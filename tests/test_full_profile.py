@@ -90,6 +90,7 @@ def full(tmp_path_factory):
         profile["evaluate"] |= short | {"retrieval": {"lengths": [1024], "rows": 1}}
         profile["harness"]["tasks"] = []
         profile["benchmark"] |= {"topk": [256], "decode": [1024], "prefill": [1024], "train": [256], "repeats": 1}
+        profile["speed"] |= {"prefill": [256], "decoding": [256], "training": [256], "generated": 2, "repeats": 1}
         path.write_text(params.dump(profile), encoding="utf-8")
         knobs = params.read(clone / "params.yaml")
         (clone / "params.yaml").write_text(params.dump(knobs | {"profile": PROFILE}), encoding="utf-8")

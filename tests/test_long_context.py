@@ -32,7 +32,7 @@ def tokenizer():
 @pytest.fixture
 def finished_run(tmp_path, monkeypatch, tokenizer):
     """A folder with params, small random models of each arm, a text and rows of key-value retrieval."""
-    base = corpus_model(max_position_embeddings=2048)
+    base = corpus_model(max_position_embeddings=8192)
     for name, selector in (("dense", None), ("dsa", "indexer"), ("window", "window")):
         model = from_dense(base, topk=16, n_heads=2, head_dim=8)
         model.config.attention_mode = "sparse" if selector else "dense"
@@ -52,22 +52,22 @@ def finished_run(tmp_path, monkeypatch, tokenizer):
 
 @pytest.mark.slow
 def test_the_page_of_a_finished_run(finished_run, monkeypatch):
-    arguments = ["--lengths", "400", "600", "2200", "--rows", "2", "--documents", "3", "--text", "book.txt.gz"]
+    arguments = ["--lengths", "400", "600", "4400", "--rows", "2", "--documents", "3", "--text", "book.txt.gz"]
     monkeypatch.setattr("sys.argv", ["long_context", *arguments, "--kv", "kv.jsonl.gz", "--kv-rows", "10"])
     long_context.main()
     found = json.loads(Path("reports/long_context.json").read_text(encoding="utf-8"))
     setup = found["setup"]
-    assert (setup["topk"], setup["trained"], setup["lengths"]) == (16, 2048, [400, 600, 2200])
+    assert (setup["topk"], setup["trained"], setup["lengths"]) == (16, 4096, [400, 600, 4400])
     assert len(set(setup["sources"])) == 3 and "locker" in setup["form"]["fact"]
     for name in ("needle", "multikey"):
         task = found[name]
-        assert task["lengths"] == [400, 600, 2200] and task["rows"] == 2
+        assert task["lengths"] == [400, 600, 4400] and task["rows"] == 2
         assert task["trained"]["items"] == 2 * 2 * len(DEPTHS) and task["beyond"]["items"] == 2 * len(DEPTHS)
         cells = np.array(task["cells"]["dsa"]["nats"])
         assert cells.shape == (5, 3)  # every cell has as many questions, so their mean is that of the table
         assert task["by_length"][1]["means"]["dsa"]["nats"] == pytest.approx(cells[:, 1].mean(), abs=1e-5)
     assert found["kv"]["rows"] == 10 and found["kv"]["beyond"] is None
-    assert [b["from"] for b in found["extrapolation"]["bins"]] == list(range(0, 2200, 256))
+    assert [b["from"] for b in found["extrapolation"]["bins"]] == list(range(0, 4400, 256))
     first = found["extrapolation"]["bins"][0]
     assert first["means"]["dense"] != first["means"]["dsa"] != first["means"]["window_trained"]
     assert "python -m studies.long_context --lengths 400" in found["run"]["command"]

@@ -19,7 +19,7 @@ BIN = Path(sys.executable).parent
 KNOB_FREE = {"pretrain", "model", "download", "filter", "pairs", "dense", "warmup", "dpo@dense"}
 KNOB_FREE |= {"evaluate@dense", "evaluate@dpo_dense"}
 USES_TOPK = {"sparse", "window", "evaluate@warmup", "evaluate@dsa", "evaluate@window", "evaluate@dpo_dsa"}
-USES_TOPK |= {"benchmark", "compare", "report"}
+USES_TOPK |= {"benchmark", "compare", "report", "speed"}
 
 pytestmark = pytest.mark.slow
 

@@ -75,6 +75,11 @@ def test_rows_to_measure_with_fill_the_length_and_ask_at_every_depth(recall, len
     assert depth[0.025] < depth[0.975]
 
 
+def test_a_row_without_room_for_its_questions_is_an_error(recall):
+    with pytest.raises(ValueError, match="20 questions do not fit into 128 tokens"):
+        recall.pairs_row(0, 128)
+
+
 def test_jumps_keep_order_and_reach_no_further_than_asked():
     spans = []
     for seed in range(200):

@@ -221,10 +221,12 @@ class Recall:
     # ---- rows to measure with: `questions` of them at evenly spaced depths, values and keys of two tokens
 
     def pairs_row(self, seed: object, length: int, questions: int = 20) -> Row:
-        """Pairs that fill the row but for its questions."""
+        """Pairs that fill the row but for its questions. Raises ValueError where these leave no room."""
         rng, form = random.Random(f"pairs-{seed}-{length}"), self.forms[0]
         size = sum(map(len, form)) + 4
         count = (length - questions * size - 2) // size
+        if count < 1:
+            raise ValueError(f"retrieval: {questions} questions do not fit into {length} tokens")
         pairs, row = self.pairs(rng, count, (2, 2), (2, 2), self.whole), Row()
         for key, value in pairs:
             row.add(form[0] + key + form[1] + value + form[2])
