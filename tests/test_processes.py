@@ -123,7 +123,7 @@ def test_two_processes_take_the_steps_of_one(config, one, tmp_path):
             assert found["trained_parameters"] == expected["trained_parameters"]
             assert ours.keys() == weights.keys()
             for key, value in weights.items():
-                assert ours[key].shape == value.shape and (ours[key] - value).norm() < 2e-2 * value.norm(), key
+                assert ours[key].shape == value.shape and (ours[key] - value).norm() <= 2e-2 * value.norm(), key
         before = model_of(stage).state_dict()
         if stage == "warmup":
             frozen = [key for key in ours if ".indexer." not in key]
