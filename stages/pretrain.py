@@ -40,7 +40,7 @@ from stages.common import owned, scratch
 from stages.params import Pretrain
 
 OUT = Path("data/base")
-LENGTHS = [512, 2048, 4096, 8192]  # at which the result is measured
+LENGTHS, ROWS = [512, 2048, 4096, 8192], 4  # of what the result is measured with: tokens, and rows of either test
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # Qwen2's own split: contractions, words, single digits, punctuation, line ends, spaces.
 SPLIT = (
@@ -283,15 +283,8 @@ def main() -> None:
     sources = [Path(dep) for dep in params_module.entry("pretrain", "cpu")["deps"]]
     with owned(scratch("pretrain", cfg.model_dump(), sources)) as folder:
         history = train(model, dataset, Probe(dataset, tokenizer, held_out), folder)
-    write(
-        model,
-        tokenizer,
-        dataset,
-        history,
-        measure(model, tokenizer, held_out, [512, 1024, 2048, 4096, 16384], 8),
-        files,
-        test,
-    )
+    about = {"train_files": len(files), "held_out_families": sorted({f.family for f in test})}
+    write(model, tokenizer, dataset, history, measure(model, tokenizer, held_out, LENGTHS, ROWS) | about)
 
 
 def write(model, tokenizer, dataset: Steps, history: list[dict], about: dict) -> None:
