@@ -24,7 +24,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from dsa import from_dense
 from dsa.machine import supports_bf16
 from dsa.training.trainer import freeze
-from stages.common import device_name
+from stages.common import device_name, forget_peak, peak_memory
 from stages.files import write_json
 
 STAGES = ("dense", "warmup", "sparse")
@@ -58,19 +58,6 @@ def build(config: Path, stage: str, topk: int, checkpointing: bool):
     return model.train()
 
 
-def forget_peak() -> None:
-    """Peaks count from here: building a model takes more than a step of the warm-up. The process's needs Linux."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-
-
-def peak_of_process() -> int:
-    """The largest resident set so far, in bytes. Not `ru_maxrss`, which a process has from the one that started it."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-
-
 def step_seconds(config: Path, stage: str, length: int, topk: int, repeats: int, checkpointing: bool, pipe) -> None:
     """Runs in its own process; sends what it measured."""
     torch.manual_seed(0)
@@ -92,8 +79,7 @@ def step_seconds(config: Path, stage: str, length: int, topk: int, repeats: int,
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_of_process()
-    pipe.send({"seconds": round(median(times[1:]), 3), "peak_gb": round(peak / GB, 2)})
+    pipe.send({"seconds": round(median(times[1:]), 3), "peak_gb": round(peak_memory() / GB, 2)})
 
 
 def measure(*options) -> dict:

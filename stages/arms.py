@@ -72,6 +72,15 @@ LABELS = {name: arm.label for name, arm in ARMS.items()}
 COLORS = {name: arm.color for name, arm in ARMS.items() if arm.color}
 
 
+def budgets(topks: list[int]) -> dict[str, dict]:
+    """What changes in the config of one set of weights, by name: `dense`, attention to all keys; and of each k
+    `dsa_<k>`, the keys that the indexer scores highest, and `window_<k>`, the latest ones."""
+    found: dict[str, dict] = {"dense": {"attention_mode": "dense"}}
+    for arm, selector in (("dsa", "indexer"), ("window", "window")):
+        found |= {f"{arm}_{k}": {**sparse(selector), "index_topk": k} for k in sorted(topks)}
+    return found
+
+
 def of(group: str) -> dict[str, Arm]:
     """The arms of a group, by name."""
     return {name: arm for name, arm in ARMS.items() if arm.group == group}

@@ -1,5 +1,6 @@
 """What every stage needs and no output depends on: the run's cost, a scratch directory that survives a crash."""
 
+import ctypes
 import hashlib
 import json
 import os
@@ -7,6 +8,7 @@ import platform
 import resource
 import shutil
 import subprocess
+import sys
 import time
 import tomllib
 from collections.abc import Iterable, Iterator
@@ -51,6 +53,28 @@ def measured(metrics: dict) -> Iterator[None]:
     }
     if torch.cuda.is_available():
         metrics["run"]["peak_device_memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+
+
+def forget_peak() -> None:
+    """Let `peak_memory` count from here. The process's own needs Linux."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # what was given back before is no memory of what comes
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def peak_of_process() -> int:
+    """The largest resident set so far, in bytes. Not `ru_maxrss`, which a process has from the one that started it."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+def peak_memory() -> int | None:
+    """The most memory since `forget_peak`, bytes: of the accelerator, else of the process where that can be told."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return peak_of_process() if sys.platform == "linux" else None
 
 
 def digest(paths: Iterable[Path]) -> str:

@@ -107,7 +107,7 @@ def generate(model: DSAForCausalLM, tokenizer, rows: list[dict], texts: list[dic
 def retrieval(model: DSAForCausalLM, recall: Recall, lengths: list[int], rows: int, name: str) -> list[dict]:
     """Exact values by test and length, and by fifths of the depth; 20 questions a row of either test."""
     found = []
-    for test, make in (("pairs", recall.pairs_row), ("needles", recall.needles_row)):
+    for test, make in recall.tests.items():
         for length in lengths:
             right, depths = [], []
             for row in tqdm(recall_rows(make, length, rows), desc=f"{name}: {test} at {length}"):
@@ -130,7 +130,7 @@ def floors(model: DSAForCausalLM, recall: Recall, lengths: list[int], rows: int)
     """What is right without reaching back: of who sees the questions and not the context, and of who guesses among the
     context's values."""
     found = []
-    for test, make in (("pairs", recall.pairs_row), ("needles", recall.needles_row)):
+    for test, make in recall.tests.items():
         for length in lengths:
             asked = recall_rows(make, length, rows)
             blind = [right for row in asked for right in exact(model, row, row.context)]
@@ -223,18 +223,15 @@ class Evaluation:
         keys, and under dense attention: losses on the first rows, exact answers at the longest trained length."""
         options = self.options
         trained = [length for length in options.retrieval.lengths if length <= self.p.data.max_length]
-        settings = {"dense": ("dense", None, {"attention_mode": "dense"})}
-        for k in sorted({self.p.topk, *options.topk_sweep}):
-            for arm, selector in (("dsa", "indexer"), ("window", "window")):
-                settings[f"{arm}_k{k}"] = arm, k, {**arms.sparse(selector), "index_topk": k}
         self.metrics["budgets"] = []
-        for name, (arm, k, changes) in settings.items():
+        for name, changes in arms.budgets([*{self.p.topk, *options.topk_sweep}]).items():
             summary, _ = self.predictions(f"budget_{name}", changes, options.control_rows)
             numbers = {key: summary[key] for key in ("loss", "loss_all_tokens", "retrieval", "retrieval_tokens")}
             with changed(self.model.config, **changes):
                 cells = retrieval(self.model, self.recall, sorted(trained)[-1:], options.retrieval.rows, name)
             numbers |= {cell["test"]: cell["exact"] for cell in cells}
-            self.metrics["budgets"].append({"arm": arm, "topk": k, **numbers})
+            arm, _, k = name.partition("_")
+            self.metrics["budgets"].append({"name": name, "arm": arm, "topk": int(k) if k else None, **numbers})
 
     def heatmap(self) -> None:
         self.arrays |= heatmap(self.model, self.rows[0])

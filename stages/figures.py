@@ -92,17 +92,16 @@ def payoff(budgets: pd.DataFrame, topk: int, length: int, path: Path) -> None:
     right the loss; across, the time of a token in prefill, or k where no time was measured."""
     timed, asks = budgets["ms"].notna().all(), "pairs" in budgets
     panels = ["pairs", "gap"] if asks else ["gap"]
-    budgets = budgets.assign(gap=[gap[0] for gap in budgets["gap"]], se=[gap[1] for gap in budgets["gap"]])
+    budgets = budgets.assign(gap=[mean for mean, _ in budgets["gap"]])
     across = 1e3 * budgets["ms"] if timed else budgets["topk"].fillna(length)
     figure, axes = plt.subplots(1, len(panels), figsize=(5.7 * len(panels), 4.4), squeeze=False)
     looks = {"dense": ("dense", "D"), "dsa": ("dsa", "o"), "window": ("window_trained", "s")}
-    labels = {"dense": "dense attention", "dsa": "DSA", "window": "recency window"}
     for axis, what in zip(axes[0], panels, strict=True):
         for arm, (color, marker) in looks.items():
             rows = budgets[budgets["arm"] == arm]
             x, y = across[rows.index], rows[what] * (100 if what == "pairs" else 1)
             axis.plot(
-                x, y, color=COLORS[color], marker=marker, label=labels[arm], linestyle="-" if arm != "dense" else ""
+                x, y, color=COLORS[color], marker=marker, label=LABELS[arm], linestyle="-" if arm != "dense" else ""
             )
             for number, (place, k, height) in enumerate(zip(x, rows["topk"], y, strict=True)):
                 name = "all keys" if arm == "dense" else f"k={k:.0f}" if k == topk else f"{k:.0f}"

@@ -217,7 +217,7 @@ def measure(model, tokenizer, held_out: Recall, lengths: list[int], rows: int) -
     """Of held-out families: bits a character, and exact values of pairs that fill the row and of needles."""
     model.eval()
     result = {"held_out_bits_per_char": round(bits_per_char(model, tokenizer, held_out.text, 2048, 4 * rows), 4)}
-    for name, make in (("pairs", held_out.pairs_row), ("needles", held_out.needles_row)):
+    for name, make in held_out.tests.items():
         for length in lengths:
             right = [r for seed in range(rows) for r in exact(model, make(f"base-{seed}", length))]
             result[f"{name}_{length}"] = round(sum(right) / len(right), 4)

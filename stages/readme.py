@@ -68,7 +68,7 @@ def context() -> dict:
     """Everything that the templates read. What the studies wrote is left out where it is not there."""
     cost, speed = read("reports/benchmark/cost.json"), read("reports/speed/cost.json")
     runs = [run for name in STAGES for path in Path("reports", name).glob("*.json") if (run := read(path).get("run"))]
-    tables = cost_tables([cost, speed])
+    tables, trained = cost_tables([cost, speed]), read("reports/benchmark/speed.json")
     report = read("reports/report.json")
     studies = {name: read(f"reports/{name}.json") for name in ("failures", "long_context")}
     return {
@@ -77,7 +77,8 @@ def context() -> dict:
         "trained": TRAINED,
         "report": report,
         "cost": cost,
-        "speed": read("reports/benchmark/speed.json"),
+        "speed": trained,
+        "own": cost_tables([trained]),
         "tables": tables,
         "faster_from": faster_from,
         "train": {name: read(f"reports/train/{name}.json") for name in ("dense", "sparse")},

@@ -76,9 +76,8 @@ def budgets(p: params.Params, found: dict, few: Predictions) -> list[dict]:
     at = {row["length"]: row["arms"] for row in found["speed"]["tables"]["prefill"]}.get(p.data.max_length, {})
     rows = []
     for budget in found["evaluations"]["dsa"]["budgets"]:
-        name = budget["arm"] if budget["topk"] is None else f"{budget['arm']}_k{budget['topk']}"
-        time = at.get(name.replace("_k", "_"))
-        gap = few.gap(f"budget_{name}", "budget_dense")
+        time = at.get(budget["name"])
+        gap = few.gap(f"budget_{budget['name']}", "budget_dense")
         rows.append({**budget, "gap": gap, "ms": time and time["ms"] / p.data.max_length})
     return rows
 

@@ -1,12 +1,11 @@
 """Stage `speed`: what the trained model costs, end to end, on held-out text: one set of weights, three ways to attend.
 
 Prefill, decoding through transformers' `generate`, and a training step, each under dense attention, with DSA and with a
-recency window. Dense attention is causal SDPA over the whole row, without an indexer. All arms of a measurement take
-turns. Lengths beyond the trained one say what a token costs there and nothing of its quality.
+recency window. Dense attention has no indexer and is taken at its best: causal SDPA over the whole row, in decoding the
+fastest of its ways (stages/cost.py). All arms of a measurement take turns. Lengths beyond the trained one say what a
+token costs there and nothing of its quality.
 """
 
-import ctypes
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,9 +17,8 @@ from dsa import DSAForCausalLM, load_model
 from dsa.data.rows import examples
 from dsa.evaluation.predictions import changed
 from dsa.machine import supports_bf16
-from stages import arms, params
-from stages.common import measured
-from stages.cost import in_turn
+from stages import arms, cost, params
+from stages.common import forget_peak, measured, peak_memory
 from stages.files import read_rows, write_json
 
 MODEL = Path("models/dsa")
@@ -28,11 +26,8 @@ Settings = dict[str, dict]  # of an arm: what changes in the model's config
 
 
 def settings(topks: list[int], length: int) -> Settings:
-    """`dense`, and `dsa_<k>` and `window_<k>` for each k that leaves keys out."""
-    found: Settings = {"dense": {"attention_mode": "dense"}}
-    for arm, selector in (("dsa", "indexer"), ("window", "window")):
-        found |= {f"{arm}_{k}": {**arms.sparse(selector), "index_topk": k} for k in topks if k < length}
-    return found
+    """The budgets that leave keys out, and dense attention."""
+    return arms.budgets([k for k in topks if k < length])
 
 
 def held_out(rows: list[dict], length: int) -> torch.Tensor:
@@ -42,11 +37,13 @@ def held_out(rows: list[dict], length: int) -> torch.Tensor:
 
 
 def table(times: dict[str, dict[str, float]], length: int, tokens: int) -> dict:
-    """Milliseconds of each arm, tokens a second, and how many times as fast as dense attention it is."""
-    for time in times.values():
+    """Milliseconds of each arm, `dense` the fastest of its ways, tokens a second, and how many times as fast as dense
+    attention it is."""
+    found = cost.compared(times, {})
+    own = {"dense": times[found["dense_by"]]} | {arm: times[arm] for arm in found["ratio"]}
+    for time in own.values():
         time["tokens_per_second"] = round(1e3 * tokens / time["ms"], 1)
-    ratio = {arm: round(times["dense"]["ms"] / time["ms"], 3) for arm, time in times.items() if arm != "dense"}
-    return {"length": length, "arms": times, "ratio": ratio}
+    return {"length": length, "arms": own, "dense_by": found["dense_by"], "ratio": found["ratio"]}
 
 
 @torch.no_grad()
@@ -58,7 +55,7 @@ def prefill(model: DSAForCausalLM, ids: torch.Tensor, found: Settings, repeats: 
             model(ids, use_cache=True, logits_to_keep=1)
 
     length = ids.shape[1]
-    return table(in_turn({arm: lambda arm=arm: call(arm) for arm in found}, repeats), length, length)
+    return table(cost.in_turn({arm: lambda arm=arm: call(arm) for arm in found}, repeats), length, length)
 
 
 @torch.no_grad()
@@ -69,7 +66,9 @@ def decoding(model: DSAForCausalLM, ids: torch.Tensor, found: Settings, repeats:
         caches[arm] = DynamicCache(config=model.config)
         with changed(model.config, **changes):
             model(ids[:, :-1], past_key_values=caches[arm], use_cache=True, logits_to_keep=1)
-    mask = torch.ones_like(ids)
+    held, mask = {arm: size(cache) for arm, cache in caches.items()}, torch.ones_like(ids)
+    ways = cost.arms([], length, grouped=True)  # of dense attention, which share a cache
+    found, caches = ways | found, dict.fromkeys(ways, caches["dense"]) | caches
 
     def call(arm: str) -> None:
         cache = caches[arm]
@@ -80,8 +79,8 @@ def decoding(model: DSAForCausalLM, ids: torch.Tensor, found: Settings, repeats:
                 ids, attention_mask=mask, past_key_values=cache, max_new_tokens=tokens, do_sample=False, eos_token_id=-1
             )
 
-    times = in_turn({arm: lambda arm=arm: call(arm) for arm in found}, repeats)
-    return table(times, length, tokens) | {"cache_bytes": {arm: size(cache) for arm, cache in caches.items()}}
+    times = cost.in_turn({arm: lambda arm=arm: call(arm) for arm in found}, repeats)
+    return table(times, length, tokens) | {"cache_bytes": held}
 
 
 def size(cache: DynamicCache) -> int:
@@ -96,42 +95,23 @@ def training(model: DSAForCausalLM, ids: torch.Tensor, found: Settings, repeats:
 
     def call(arm: str) -> None:
         dsa = arm.startswith("dsa")
-        reset_peak()
+        forget_peak()
         with changed(model.config, **found[arm]), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             out = model(ids, labels=ids, use_cache=False, output_indexer_kl=dsa)
         (out.loss + out.indexer_kl.sum() if dsa else out.loss).backward()
         model.zero_grad(set_to_none=True)
-        if (gigabytes := peak()) is not None:
-            peaks[arm] = gigabytes
+        if (peak := peak_memory()) is not None:
+            peaks[arm] = round(peak / 2**30, 2)
 
     length = ids.shape[1]
-    return table(in_turn({arm: lambda arm=arm: call(arm) for arm in found}, repeats), length, length) | {
-        "peak_gb": peaks
-    }
-
-
-def reset_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    elif sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # what another arm has given back is not this one's
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-
-
-def peak() -> float | None:
-    """Gigabytes since `reset_peak`: of the accelerator, or of the process on Linux."""
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    if sys.platform != "linux":
-        return None
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return round(int(status.split("VmHWM:")[1].split()[0]) / 2**20, 2)
+    times = cost.in_turn({arm: lambda arm=arm: call(arm) for arm in found}, repeats)
+    return table(times, length, length) | {"peak_gb": peaks}
 
 
 def measure(model: DSAForCausalLM, text: Callable[[int], torch.Tensor], p: params.Params, bf16: bool) -> dict:
     """Tables by name, one row a length; at the trained length for every k of the sweep, else for the experiment's."""
     options, trained = p.speed, p.data.max_length
-    every = sorted({p.topk, *p.evaluate.topk_sweep})
+    every = [*{p.topk, *p.evaluate.topk_sweep}]
     lengths = {"prefill": options.prefill, "decoding": options.decoding, "training": options.training}
     bar = tqdm(total=sum(map(len, lengths.values())))
     found: dict[str, list[dict]] = {name: [] for name in lengths}

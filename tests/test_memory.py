@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.full_size import peak_of_process
 from dsa import Qwen2DSAConfig, Qwen2DSAForCausalLM
 from dsa.training.trainer import freeze
+from stages.common import peak_of_process
 
 LENGTHS = (512, 3072, 6144)  # the first one warms up
 TOPK = 64

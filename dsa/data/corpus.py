@@ -1,9 +1,10 @@
 """Real text that every installation has: the Python sources of the pinned packages.
 
 The `cpu` profile has no network, so its "hub" is this module. It turns source files into rows with the schema of
-deepctrl-sft-data: a long file as the input, an instruction, and an answer that can be checked against the file, either
-its continuation or a definition to look up far above (signature, docstring, constant, base class). Preference pairs,
-with COIG-P's schema, set the true definition against the same name with another definition's right-hand side.
+deepctrl-sft-data: a long file as the input, an instruction, and an answer that can be checked against the file: its
+continuation, a definition to look up far above (signature, docstring, constant, base class), or random facts to repeat.
+Preference pairs, with COIG-P's schema, set the true definition against the same name with another definition's
+right-hand side.
 
 Families, not files, are the unit of the split: the modules of one sub-package are often near copies of each other, so a
 whole sub-package is on one side (`dsa.data.rows.split_of`), and a held-out file that still shares many lines with the
@@ -285,11 +286,12 @@ def rows(
     """
     rng = random.Random(seed)
     made = 0
+    kinds = lookup_row, recall_row, continuation_row
+    of_kinds = lookup_share, recall_share, 1 - lookup_share - recall_share
     for file in draw(sides, shares, rng):
         if made == count:
             return
-        kinds = {lookup_row: lookup_share, recall_row: recall_share}
-        (make,) = rng.choices([*kinds, continuation_row], [*kinds.values(), 1 - sum(kinds.values())])
+        (make,) = rng.choices(kinds, of_kinds)
         row = make(file, int(rng.triangular(*chars)), rng)
         if row is None:
             continue

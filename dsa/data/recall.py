@@ -220,6 +220,10 @@ class Recall:
 
     # ---- rows to measure with: `questions` of them at evenly spaced depths, values and keys of two tokens
 
+    @property
+    def tests(self) -> dict[str, Callable[[object, int], Row]]:
+        return {"pairs": self.pairs_row, "needles": self.needles_row}
+
     def pairs_row(self, seed: object, length: int, questions: int = 20) -> Row:
         """Pairs that fill the row but for its questions. Raises ValueError where these leave no room."""
         rng, form = random.Random(f"pairs-{seed}-{length}"), self.forms[0]
