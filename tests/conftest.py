@@ -1,5 +1,6 @@
 import os
 import platform
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,14 @@ def small_model(model_type: str = "qwen2", **changes) -> PreTrainedModel:
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
     }
     return AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**config | changes)).eval()
+
+
+def copy_of_code(folder: Path) -> None:
+    """What a stage reads of the project itself, without data and results."""
+    for name in ("params.yaml", "dvc.yaml", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder / name)
+    for name in ("dsa", "stages", "profiles"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 @pytest.fixture

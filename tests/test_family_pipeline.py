@@ -2,13 +2,12 @@
 
 import importlib
 import json
-import shutil
 
 import pytest
 from transformers import AutoTokenizer
 
 from stages import params
-from tests.conftest import ROOT, small_model
+from tests.conftest import ROOT, copy_of_code, small_model
 from tests.test_families import OWN
 
 STAGES = ("model", "download", "filter", "pairs", "dense", "warmup", "sparse", "window", "dpo dense", "dpo dsa")
@@ -30,10 +29,7 @@ def small(profile: dict) -> dict:
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A copy of the project, in whose folder the test runs, with the smoke profile made smaller."""
-    for name in ("params.yaml", "dvc.yaml", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    for name in ("dsa", "stages", "profiles"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    copy_of_code(tmp_path)
     (tmp_path / "data/base").mkdir(parents=True)
     path = tmp_path / "profiles/smoke.yaml"
     path.write_text(params.dump(small(params.read(path))), encoding="utf-8")

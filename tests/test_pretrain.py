@@ -1,22 +1,18 @@
 """The stage that makes the embedded base model, from end to end: nothing else runs it, for it is frozen."""
 
 import json
-import shutil
 
 import pandas as pd
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages import params, pretrain
-from tests.conftest import ROOT
+from tests.conftest import copy_of_code
 
 
 @pytest.mark.slow
 def test_the_stage_writes_a_model_its_tokenizer_its_curve_and_what_it_finds(tmp_path, monkeypatch):
-    for name in ("params.yaml", "dvc.yaml"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    for name in ("dsa", "stages", "profiles"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    copy_of_code(tmp_path)
     profile = params.read(tmp_path / "profiles/cpu.yaml")
     profile["data"]["packages"] = ["accelerate", "dvc", "trl"]
     first, *_, last = profile["pretrain"]["phases"]

@@ -10,7 +10,7 @@ import pytest
 
 from stages import common, dense, dpo, params
 from stages.training import checkpoints
-from tests.conftest import ROOT
+from tests.conftest import ROOT, copy_of_code
 
 TRAINED = ["dense", "warmup", "sparse", "window", "dpo@dense", "dpo@dsa"]
 
@@ -18,10 +18,7 @@ TRAINED = ["dense", "warmup", "sparse", "window", "dpo@dense", "dpo@dsa"]
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """The project's own files, with a file in each folder that a stage would have made."""
-    for name in ("params.yaml", "dvc.yaml", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    for name in ("dsa", "stages", "profiles"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    copy_of_code(tmp_path)
     for stage in TRAINED:
         for name in params.dependencies(stage, tmp_path)["deps"]:
             if not (path := tmp_path / name).exists():
