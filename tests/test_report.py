@@ -184,3 +184,7 @@ def test_numbers_do_not_break_and_one_row_is_one(pages):
     assert f"1{NBSP}held-out row of" in markdown
     own = re.sub(r"```.*?```|`[^`\n]*`", "", markdown, flags=re.DOTALL)
     assert not re.findall(r"\d [±%]|± \d", own)
+
+
+def test_spaces_that_a_template_writes_are_not_escaped(pages):
+    assert r"\xa0" not in "".join(pages())
