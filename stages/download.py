@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from dsa.data import corpus, sources
+from dsa.data.import_order import families
 from dsa.data.scan import LongRows, Pairs, Scan, TooManyBadRows
 from stages import params
 from stages.common import measured
@@ -25,21 +26,21 @@ RAW = Path("data/raw")
 PACKAGES = "python-packages"
 STREAM_ROOM = 2 * 10**9  # bytes of disk to be free for the slice of a source; nobody knows how much it will be
 CORPUS_SEED = 0  # not the experiment's: another seed of the experiment trains on the same rows
-ROW_CHARS = (
-    0.7,
-    3.2,
-    2.7,
-)  # of a row, least, most and likeliest, times data.max_length: some rows are too short or cut
+ROW_CHARS = (0.7, 3.2, 2.7)  # of a row, least, most and likeliest, times data.max_length: some are too short or cut
+FILES_SUFFICE = 8192  # tokens; longer rows are made of whole packages, in import order
 PAIR_CHARS = (900, 1_500, 1_300)  # of a pair's prompt: short, for a pair is two rows
 
 
 class PythonPackages:
     """A "hub" without a network, with the face of `dsa.data.sources.Dataset`."""
 
-    def __init__(self, make, separated: tuple[list, list, int], row_fraction: float, count: int, *options):
+    def __init__(self, make, separated: tuple[list, list, int], row_fraction: float, count: int, chars: tuple):
         self.uri, self.revision, self.files, self.fetched_bytes = PACKAGES, None, [], 0
         self.train, self.test, self.near_copies = separated
-        self.rows = make([self.train, self.test], [1 - row_fraction, row_fraction], count, CORPUS_SEED, *options)
+        sides = [self.train, self.test]
+        if chars[0] > ROW_CHARS[0] * FILES_SUFFICE:
+            sides = [families(side) for side in sides]
+        self.rows = make(sides, [1 - row_fraction, row_fraction], count, CORPUS_SEED, chars)
 
     def lines(self) -> Iterator[bytes]:
         for row in self.rows:
@@ -107,12 +108,12 @@ def main() -> None:
     def separated() -> tuple[list, list, int]:
         return corpus.separate(corpus.source_files(data.packages), data.test_fraction)
 
-    def open_source(uris: list[str], make, fraction: float, count: int | None, *options):
+    def open_source(uris: list[str], make, fraction: float, count: int | None, chars: tuple):
         if PACKAGES not in uris:
             return sources.open_dataset(uris)
         if count is None:
             raise params.ParamsError(f"profiles: the source {PACKAGES} needs the key rows")
-        return PythonPackages(make, separated(), fraction, count, *options)
+        return PythonPackages(make, separated(), fraction, count, chars)
 
     with measured(metrics), params.one_line(sources.SourceError, TooManyBadRows, ModuleNotFoundError):
         long_rows = LongRows(tokenizer, data.max_length, data.max_bad_rows, data.min_tokens)

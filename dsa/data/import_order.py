@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Iterator
+from itertools import groupby
 
-from dsa.data.corpus import SourceFile
+from dsa.data.corpus import MAX_CHARS, SourceFile
 
 IMPORT = re.compile(r"^\s*(?:from\s+(\.*)([\w.]*)\s+import\s+\(?([\w ,]*)|import\s+([\w.]+))", re.M)
 
@@ -41,3 +42,16 @@ def in_import_order(files: list[SourceFile]) -> list[SourceFile]:
         if file.path not in seen:
             visit(file)
     return list(ordered.values())
+
+
+def families(files: list[SourceFile]) -> list[SourceFile]:
+    """The files of each family in import order, one behind the other under their names, as texts of up to `MAX_CHARS`
+    characters: what a single file is too short for."""
+    joined: list[SourceFile] = []
+    for family, members in groupby(sorted(in_import_order(files), key=lambda f: f.family), key=lambda f: f.family):
+        parts = [""]
+        for file in members:
+            text = f"# {file.path}\n{file.text}\n"
+            parts[-1:] = [parts[-1] + text] if len(parts[-1]) + len(text) <= MAX_CHARS else [parts[-1], text]
+        joined += [SourceFile(f"{family}/{number}", part) for number, part in enumerate(filter(None, parts))]
+    return joined
