@@ -37,6 +37,7 @@ from stages.files import read_rows, write_json
 
 SHOWN = 128  # tokens of a sample answer
 QUESTIONS = 20  # of a row of pairs
+MakeRow = Callable[[object, int], Row]  # of a seed and a length
 
 
 def is_lookup(row: dict) -> bool:
@@ -104,10 +105,10 @@ def generate(model: DSAForCausalLM, tokenizer, rows: list[dict], texts: list[dic
     return samples
 
 
-def retrieval(model: DSAForCausalLM, recall: Recall, lengths: list[int], rows: int, name: str) -> list[dict]:
-    """Exact values by test and length, and by fifths of the depth; 20 questions a row of either test."""
+def retrieval(model: DSAForCausalLM, tests: dict[str, MakeRow], lengths: list[int], rows: int, name: str) -> list[dict]:
+    """Exact values by test and length, and by fifths of the depth; 20 questions for each of `rows`."""
     found = []
-    for test, make in recall.tests.items():
+    for test, make in tests.items():
         for length in lengths:
             right, depths = [], []
             for row in tqdm(recall_rows(make, length, rows), desc=f"{name}: {test} at {length}"):
@@ -120,7 +121,7 @@ def retrieval(model: DSAForCausalLM, recall: Recall, lengths: list[int], rows: i
     return found
 
 
-def recall_rows(make: Callable[[object, int], Row], length: int, rows: int) -> list[Row]:
+def recall_rows(make: MakeRow, length: int, rows: int) -> list[Row]:
     """So many rows of 20 questions each, or twice as many of ten; every arm has the same."""
     first = make(0, length)
     return [first, *(make(seed, length) for seed in range(1, rows * QUESTIONS // len(first.spans)))]
@@ -208,7 +209,7 @@ class Evaluation:
         for name in arms.RETRIEVING:
             if name in self.metrics["arms"]:
                 with changed(self.model.config, **arms.ARMS[name].changes):
-                    found = retrieval(self.model, self.recall, grid.lengths, grid.rows, name)
+                    found = retrieval(self.model, self.recall.tests, grid.lengths, grid.rows, name)
                 self.metrics["retrieval"][name] = found
 
     def floors(self) -> None:
@@ -220,15 +221,16 @@ class Evaluation:
 
     def budgets(self) -> None:
         """The trained weights at other k than they were trained with, with the indexer's choice and with the latest
-        keys, and under dense attention: losses on the first rows, exact answers at the longest trained length."""
+        keys, and under dense attention: losses on the first rows, pairs found at the longest trained length."""
         options = self.options
         trained = [length for length in options.retrieval.lengths if length <= self.p.data.max_length]
+        pairs = {"pairs": self.recall.tests["pairs"]}
         self.metrics["budgets"] = []
         for name, changes in arms.budgets([*{self.p.topk, *options.topk_sweep}]).items():
             summary, _ = self.predictions(f"budget_{name}", changes, options.control_rows)
             numbers = {key: summary[key] for key in ("loss", "loss_all_tokens", "retrieval", "retrieval_tokens")}
             with changed(self.model.config, **changes):
-                cells = retrieval(self.model, self.recall, sorted(trained)[-1:], options.retrieval.rows, name)
+                cells = retrieval(self.model, pairs, sorted(trained)[-1:], options.retrieval.rows, name)
             numbers |= {cell["test"]: cell["exact"] for cell in cells}
             arm, _, k = name.partition("_")
             self.metrics["budgets"].append({"name": name, "arm": arm, "topk": int(k) if k else None, **numbers})

@@ -18,6 +18,7 @@ from stages.lock import made_elsewhere
 from stages.markdown import load
 
 BLOCK = re.compile(r"(<!-- numbers: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+RUNS = ("reports", "reports/long")  # the default's, and that of the profile long
 STAGES = ("data", "train", "dpo", "evaluate", "harness", "benchmark")  # folders of reports/ with what each stage cost
 
 
@@ -25,7 +26,7 @@ def pages() -> list[Path]:
     return [*sorted(Path().glob("README*.md")), *sorted(Path("docs").glob("*.md"))]
 
 
-def read(path: str) -> dict:
+def read(path: str | Path) -> dict:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
@@ -46,6 +47,17 @@ def faster_from(lengths: dict[int, dict]) -> int | None:
     """The least length that was measured from which on DSA was faster in every process; None where there is none."""
     slower = max((n for n, row in lengths.items() if row["least"] <= 1), default=0)
     return min((n for n in lengths if n > slower), default=None)
+
+
+def run_of(folder: Path) -> dict:
+    """Of a run's numbers: its arms by name, and how many times as fast as dense attention each is at the run's length."""
+    report, speed = read(folder / "report.json"), read(folder / "benchmark/speed.json")
+    length, topk = speed["trained_length"], speed["topk"]
+    names = {"dsa": f"dsa_{topk}", "window_trained": f"window_{topk}"}
+    own = {kind: row["ratio"] for kind, rows in speed["tables"].items() for row in rows if row["length"] == length}
+    rows = {row["arm"]: row for row in report["trained"]}
+    times = {arm: {kind: ratio[name] for kind, ratio in own.items()} for arm, name in names.items()}
+    return {"length": length, "topk": topk, "rows": rows, "times": times}
 
 
 def sweep_means(sweep: dict) -> dict[str, list[dict]]:
@@ -76,6 +88,7 @@ def context() -> dict:
         "rows": {row["arm"]: row for row in report["trained"]},
         "trained": TRAINED,
         "report": report,
+        "runs": [run_of(Path(name)) for name in RUNS],
         "cost": cost,
         "speed": trained,
         "own": cost_tables([trained]),

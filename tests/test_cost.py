@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Qwen2ForCausalLM
 
+from benchmarks import batches
 from benchmarks.cost import joined
 from stages import cost
 from stages.benchmark import own_model, pays_from
@@ -190,3 +191,19 @@ def test_a_models_dense_prefill_is_transformers_own(monkeypatch):
         calls.append(list(seen))
     assert calls[0] == calls[1]
     assert [call[:2] for call in calls[0]] == [(True, True)] * TINY.layers
+
+
+def test_a_padded_batch_is_decoded_alike_in_both_of_the_dense_ways():
+    model, lengths = cost.model_of(cost.SMALL, 16, torch.float32).eval(), batches.row_lengths(3, 64)
+    assert lengths.tolist() == [32, 48, 64]
+    mask = (torch.arange(65) >= 64 - lengths[:, None]).long()
+    logits = {}
+    for way in ("sdpa", "padded"):
+        cost.switch(model, attention_mode="dense", _attn_implementation=way)
+        cache = batches.filled(model, lengths, 64)
+        ids = torch.zeros(3, 1, dtype=torch.long)
+        with torch.no_grad():
+            logits[way] = model(ids, attention_mask=mask, position_ids=lengths[:, None], past_key_values=cache).logits
+    torch.testing.assert_close(logits["padded"], logits["sdpa"])
+    row = batches.measure(cost.SMALL, 3, 64, [16], 1)
+    assert set(row["ratio"]) == {"dsa_16"} and row["bound"]["dsa_16"] > 0

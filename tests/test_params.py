@@ -178,6 +178,17 @@ def test_the_sweeps_profile_is_the_defaults_but_for_its_length():
         assert cpu[name] | {"steps": cpu[name]["steps"] // 2} == sweep[name]
 
 
+def test_the_long_profile_is_the_defaults_but_for_its_size():
+    cpu, long = (params.load(root=ROOT, profile=name) for name in ("cpu", "long"))
+    for name in ("dense", "warmup", "sparse"):  # the same recipe, over rows four times as long
+        same = {"learning_rate", "weight_decay"} | ({"indexer_learning_rate"} if name == "sparse" else set())
+        assert getattr(cpu, name).model_dump(include=same) == getattr(long, name).model_dump(include=same)
+    assert long.dense.steps == long.sparse.steps and long.dense.batch_size == long.sparse.batch_size
+    for name in ("model", "preference", "dpo", "harness"):
+        assert getattr(cpu, name) == getattr(long, name)
+    assert long.data.max_length == 4 * cpu.data.max_length == 64 * params.load(root=ROOT).topk
+
+
 def test_a_task_that_dvc_does_not_watch_is_refused(tmp_path):
     """Its YAML was edited, and `dvc repro` said that nothing had changed."""
     (tmp_path / "mine.yaml").write_text("task: mine", encoding="utf-8")

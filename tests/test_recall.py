@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from dsa.data.corpus import SourceFile
-from dsa.data.import_order import in_import_order
+from dsa.data.import_order import families, in_import_order
 from dsa.data.recall import Recall, positions
 from dsa.training.induction import induction
 from stages.params import Phase
@@ -144,3 +144,17 @@ def test_a_file_stands_behind_what_it_imports():
     order = [f.path for f in in_import_order(files)]
     assert sorted(order) == sorted(f.path for f in files)
     assert order.index("pkg/e.py") < order.index("pkg/sub/d.py") < order.index("pkg/b.py") < order.index("pkg/a.py")
+
+
+def test_a_familys_files_become_one_text_in_import_order_and_long_ones_several(monkeypatch):
+    monkeypatch.setattr("dsa.data.import_order.MAX_CHARS", 60)
+    files = [
+        SourceFile("pkg/one/a.py", "from pkg.one import b\n"),
+        SourceFile("pkg/one/b.py", "B = 1\n"),
+        SourceFile("pkg/one/c.py", "C = 1  # " + "long " * 6),
+        SourceFile("pkg/two/d.py", "from pkg.one import a\n"),
+    ]
+    joined = families(files)
+    assert [(f.family, f.text.count("# pkg/")) for f in joined] == [("pkg/one", 2), ("pkg/one", 1), ("pkg/two", 1)]
+    assert joined[0].text == "# pkg/one/b.py\nB = 1\n\n# pkg/one/a.py\nfrom pkg.one import b\n\n"
+    assert len({f.path for f in joined}) == len(joined)

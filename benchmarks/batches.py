@@ -1,0 +1,114 @@
+"""Decoding a batch of rows of different lengths: what a token of it costs, dense attention and DSA.
+
+    python -m benchmarks.batches          # reports/speed/batches.json, ten minutes
+
+The small model of stages/cost.py with random weights, left-padded rows of half to the whole length in its cache, one
+token a row and step. DSA reads the k keys that each row selects and every index key. Dense attention is at its best:
+the fastest of SDPA as transformers calls it and of SDPA with a group's heads as rows, both with the padding's mask.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from dsa.cache import growing
+from stages.common import device_name, git_commit
+from stages.cost import DEVICE, SMALL, Shape, compared, in_turn, model_of, switch, topk_of
+from stages.files import write_json
+
+OUT = Path("reports/speed/batches.json")
+BATCHES, LENGTHS = [1, 4, 16], [4096, 16384, 32768]
+
+
+def padded(module, q, k, v, attention_mask, scaling=None, **kwargs):
+    """SDPA of one query a row with the heads of a group as its rows, and a mask [B, 1, 1, S]."""
+    B, Hq, T, D = q.shape
+    rows = q.reshape(B, k.shape[1], -1, D)
+    out = F.scaled_dot_product_attention(rows, k, v, attn_mask=attention_mask, scale=scaling)
+    return out.view(B, Hq, T, D).transpose(1, 2), None
+
+
+AttentionInterface.register("padded", padded)
+AttentionMaskInterface.register("padded", sdpa_mask)  # without one a model is given no mask
+
+
+def row_lengths(batch: int, length: int) -> torch.Tensor:
+    """int64 [B]: evenly from half to the whole; one row has all of it."""
+    return torch.linspace(length / 2, length, batch).long() if batch > 1 else torch.tensor([length])
+
+
+def filled(model, lengths: torch.Tensor, length: int) -> DynamicCache:
+    """A cache of random keys, values and index keys, what is padding in it too."""
+    config, cache = model.config, growing(DynamicCache(config=model.config))
+    shape = (len(lengths), config.num_key_value_heads, length, config.head_dim)
+    generator = torch.Generator().manual_seed(length)
+    for layer in cache.layers:
+        layer.update(*(torch.randn(shape, generator=generator).to(DEVICE) for _ in range(2)))
+        if config.attention_mode == "sparse":
+            keys = torch.randn(len(lengths), length, config.index_head_dim, generator=generator)
+            layer.update_indexer(keys.to(DEVICE))
+    return cache
+
+
+@torch.no_grad()
+def measure(shape: Shape, batch: int, length: int, topks: list[int], repeats: int) -> dict:
+    """Milliseconds of a step, of all rows together."""
+    model, lengths = model_of(shape, max(topks), torch.float32).eval(), row_lengths(batch, length)
+    mask = (torch.arange(length + 1) >= length - lengths[:, None]).long().to(DEVICE)  # (B, S): 0 is padding
+    found = {
+        "dense": {"attention_mode": "dense"},
+        "dense_grouped": {"attention_mode": "dense", "_attn_implementation": "padded"},
+        **{f"dsa_{k}": {"index_topk": k} for k in topks},
+    }
+    caches = {}
+    for arm, settings in found.items():
+        switch(model, **settings)
+        kind = arm.split("_")[0]
+        caches[arm] = next((c for a, c in caches.items() if a.startswith(kind)), None) or filled(model, lengths, length)
+    ids = torch.zeros(batch, 1, dtype=torch.long, device=DEVICE)
+    positions = lengths[:, None].to(DEVICE)
+
+    def call(arm: str) -> None:
+        switch(model, **found[arm])
+        if extra := caches[arm].get_seq_length() - length:
+            caches[arm].crop(-extra)
+        model(ids, attention_mask=mask, position_ids=positions, past_key_values=caches[arm], use_cache=True)
+
+    times = in_turn({arm: lambda arm=arm: call(arm) for arm in found}, repeats)
+    bounds = {arm: bound(shape, lengths.tolist(), topk_of(arm)) for arm in found if arm.startswith("dsa")}
+    return {"batch": batch, "length": length} | compared(times, bounds)
+
+
+def bound(shape: Shape, lengths: list[int], topk: int) -> float:
+    """Of the ratio, by the bytes that are read: weights once for all rows, each row's own keys and values."""
+    width = torch.float32.itemsize
+
+    def read(k: int | None) -> int:
+        weights = (shape.linear(k is not None) + shape.hidden * shape.vocab) * width
+        return weights + sum(shape.read(n, k, width, weights=False) for n in lengths)
+
+    return round(read(None) / read(topk), 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--topk", type=int, nargs="+", default=[256])
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    rows = [measure(SMALL, b, n, args.topk, args.repeats) for n in args.lengths for b in args.batches]
+    settings = {"device": device_name(), "torch": torch.__version__, "commit": git_commit(), "shape": vars(SMALL)}
+    write_json(OUT, settings | {"rows": rows})
+    for row in rows:
+        speed = {arm: round(1e3 * row["batch"] / time["ms"]) for arm, time in row["arms"].items()}
+        print(f"{row['batch']:3} rows of up to {row['length']:6,}: tokens/s {speed}, dense / DSA {row['ratio']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Keep the page and the numbers of a run with another profile beside the default run's.
+
+    dvc exp run -S profile=long
+    python -m studies.keep          # reports/ to reports/long/
+
+Its lock goes with them: what a number was computed from. `git restore params.yaml dvc.lock reports/*.* ...` and
+`dvc checkout` bring the default run back; `dvc exp apply` the other.
+"""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from stages import params
+
+PAGES = ["report.md", "report.html", "report.json", "summary.json", "compare.json"]
+FOLDERS = ["figures", "data", "train", "dpo", "evaluate", "benchmark"]
+LINK = re.compile(r"(\]\()(?!figures/|report\.|[a-z]+:|#)")  # of a page in Markdown, to what stays where it is
+
+
+def main(reports: Path = Path("reports")) -> None:
+    profile = params.load().profile
+    committed = subprocess.run(["git", "show", "HEAD:params.yaml"], capture_output=True, encoding="utf-8", check=True)
+    if f"profile: {profile}" in committed.stdout:
+        raise SystemExit(f"params.yaml: profile: {profile} is the committed one, whose pages are those in {reports}")
+    to = reports / profile
+    shutil.rmtree(to, ignore_errors=True)
+    to.mkdir()
+    for name in PAGES:
+        shutil.copy(reports / name, to)
+    for name in FOLDERS:
+        shutil.copytree(reports / name, to / name)
+    shutil.copy("dvc.lock", to)
+    page = to / "report.md"
+    page.write_text(LINK.sub(r"\1../", page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
