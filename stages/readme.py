@@ -50,7 +50,7 @@ def faster_from(lengths: dict[int, dict]) -> int | None:
 
 
 def run_of(folder: Path) -> dict:
-    """Of a run's numbers: its arms by name, and how many times as fast as dense attention each is at the run's length."""
+    """Its arms by name, and how many times as fast as dense attention each is at the length it was trained for."""
     report, speed = read(folder / "report.json"), read(folder / "benchmark/speed.json")
     length, topk = speed["trained_length"], speed["topk"]
     names = {"dsa": f"dsa_{topk}", "window_trained": f"window_{topk}"}
