@@ -30,7 +30,8 @@ def load(path: str, topk: int | None = None) -> tuple[DSAForCausalLM, PreTrained
         model = load_model(path, **({"index_topk": topk} if topk else {}))
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     except (OSError, ValueError) as error:
-        raise SystemExit(f"{path}: {str(error).splitlines()[0]}") from None
+        why = str(error).splitlines()[0] if Path(path).is_dir() else "no such folder, and no such model on a hub"
+        raise SystemExit(f"{path}: {why}") from None
     if not isinstance(model, DSAForCausalLM):
         raise SystemExit(f"{path}: {type(model).__name__} has no indexer: dsa.from_dense gives it one, to be trained")
     if not tokenizer.chat_template:
