@@ -133,11 +133,13 @@ def beside(canvas: Canvas, page: Page, placed: list) -> None:
             f"gives {most[layer]:.0%}",
             "to a token",
         )
-        x, y = canvas.at(placed[page.definition[0]][0][0], WIDTH)
-        canvas.write(x - 4, y + 1.5, "\n".join(lines), weight="bold")
+        line = placed[page.definition[0]][0][0]
+        ends = [x + len(text) for parts in placed for y, x, text in parts if line - 2 < y < line + 5 and text.strip()]
+        x, y = canvas.at(line, min(max(ends), WIDTH - 4))  # beside the text where it leaves room
+        canvas.write(x + 3, y + 1.5, "\n".join(lines), 1.15, weight="bold")
     line, column, text = placed[asking][-1]
     x, y = canvas.at(line, column + len(text))
-    canvas.write(x + 1.5, y, "\n".join(page.answer), weight="bold")
+    canvas.write(x + 1.5, y, "\n".join(page.answer), 1.15, weight="bold")
 
 
 def header(canvas: Canvas, page: Page) -> None:
