@@ -10,6 +10,8 @@ import ast
 import json
 from pathlib import Path
 
+from huggingface_hub import HfApi
+
 from dsa.modeling import DSAForCausalLM
 
 PACKAGE = Path(__file__).parent
@@ -43,6 +45,16 @@ def export_model(model: DSAForCausalLM, path: str | Path, tokenizer=None, card: 
     (path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if card is not None:
         (path / "README.md").write_text(card, encoding="utf-8")
+
+
+def push(path: str | Path, repo_id: str) -> str:
+    """Upload what `export_model` wrote to a hub, as `OWNER/NAME`, and return the commit's address.
+
+    Needs a token that may write there (HF_TOKEN, or `hf auth login`); HF_ENDPOINT names another hub.
+    """
+    hub = HfApi()
+    hub.create_repo(repo_id, exist_ok=True)
+    return hub.upload_folder(repo_id=repo_id, folder_path=path).commit_url
 
 
 def sources(root: str) -> dict[str, str]:

@@ -1,17 +1,19 @@
-"""A trained model for others: `python -m stages.export OUT [--arm dsa]`, after `dvc repro`.
+"""A trained model for others: `python -m stages.export OUT [--arm dsa] [--push OWNER/NAME]`, after `dvc repro`.
 
-OUT then holds weights, tokenizer, the code (dsa/export.py) and a model card with the run's numbers. It loads with
-`AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True)`, and `hf upload NAME OUT` puts it on a hub. For the
-arm warmup, OUT has indexer.safetensors beside: `dsa.load_indexer` joins it to a base that the hub already has.
+OUT then holds weights, tokenizer, the code (dsa/export.py) and a model card with the run's numbers; `--push` puts it on
+a hub too. From either `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)` loads it. For the arm warmup,
+OUT has indexer.safetensors beside: `dsa.load_indexer` joins it to a base that the hub already has.
 """
 
 import argparse
 import json
 from pathlib import Path
 
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoTokenizer
 
 from dsa import export_model, load_model, save_indexer
+from dsa.export import push
 from stages import params
 from stages.arms import LABELS, model_of
 from stages.common import git_commit
@@ -54,6 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--arm", choices=REFERENCE, default="dsa")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="where to on a hub: of HF_ENDPOINT, with HF_TOKEN")
     asked = parser.parse_args(arguments)
     path = model_of(asked.arm)
     if not Path(path).is_dir():
@@ -65,6 +68,11 @@ def main(arguments: list[str] | None = None) -> None:
     export_model(model, asked.out, AutoTokenizer.from_pretrained(path), card(model, asked.arm))
     if asked.arm == "warmup":
         save_indexer(model, asked.out / "indexer.safetensors")
+    if asked.push:
+        try:
+            print(push(asked.out, asked.push))
+        except (HfHubHTTPError, ValueError) as error:
+            raise SystemExit(f"{asked.push}: {str(error).splitlines()[0]}") from None
 
 
 if __name__ == "__main__":

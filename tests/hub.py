@@ -1,4 +1,5 @@
-"""A local server that speaks as much of the Hugging Face and ModelScope protocols as dsa.data.hubs uses.
+"""A local server that speaks as much of the Hugging Face and ModelScope protocols as dsa.data.hubs uses, and takes what
+is pushed to the first, its files in the commit and none by LFS.
 
     with Hub() as hub:
         hub.add("dataset", "owner/name", {"a.jsonl": b"..."})
@@ -8,6 +9,7 @@
 Both protocols see the same repositories. Files are at .../resolve/..., which redirects to /storage/..., as hubs do.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -135,6 +137,34 @@ class _Handler(BaseHTTPRequestHandler):
             return self.resolve(match[1] or "model", match[2], match[3], match[4])
         self.refuse(404)
 
+    def do_POST(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.hub.token and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+            return self.refuse(401)
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}"
+            self.hub.repositories.setdefault((asked.get("type") or "model", name), Repository({}, "0" * 40, {}))
+            return self.json({"url": f"{self.hub.url}/{name}", "name": name})
+        if path == "/api/validate-yaml":
+            return self.json({"errors": [], "warnings": []})
+        if match := re.fullmatch(r"/api/(model|dataset)s/([\w.-]+/[\w.-]+)/(preupload|commit)/main", path):
+            return self.preupload(body) if match[3] == "preupload" else self.commit(match[1], match[2], body)
+        self.refuse(404)
+
+    def preupload(self, body: bytes) -> None:
+        files = [
+            {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]
+        ]
+        self.json({"files": files})
+
+    def commit(self, kind: str, name: str, body: bytes) -> None:
+        values = [line["value"] for line in map(json.loads, body.splitlines()) if line["key"] == "file"]
+        files = {value["path"]: base64.b64decode(value["content"]) for value in values}
+        commit = self.hub.add(kind, name, self.hub.repositories[kind, name].files | files, checksums=False).commit
+        self.json({"commitOid": commit, "commitUrl": f"{self.hub.url}/{name}/commit/{commit}", "success": True})
+
     def repository(self, kind: str, name: str, revision: str) -> Repository | None:
         """None, after the answer, for a reader who may not, and for what is not there."""
         shown = self.headers.get("Authorization") == f"Bearer {self.hub.token}"
@@ -247,7 +277,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
 
     def refuse(self, status: int, code: str = "", length: int | None = None) -> None:

@@ -6,16 +6,19 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoTokenizer
-from transformers.dynamic_module_utils import check_imports
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.dynamic_module_utils import check_imports, get_class_from_dynamic_module
 
 from dsa import export, export_model, from_dense, load_indexer, load_model
 from stages import arms
 from stages import export as stage
 from tests.conftest import ROOT, small_model
+from tests.hub import Hub
 
 TINY = {"topk": 6, "n_heads": 4, "head_dim": 8}
 # Hides what a bare environment lacks: a module that is None in sys.modules is one that is not installed.
@@ -23,6 +26,7 @@ ELSEWHERE = """
 import sys
 sys.modules |= dict.fromkeys(("dsa", "triton", "ziglang", "accelerate", "datasets", "trl", "pandas", "scipy"))
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoModelForCausalLM
 for path in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
@@ -60,6 +64,32 @@ def test_it_loads_in_another_folder_without_this_package(ids, tmp_path):
     shown = [line.split() for line in done.stdout.splitlines()]
     assert [name for _, name in shown] == ["Qwen2DSAForCausalLM", "LlamaDSAForCausalLM", "Qwen3DSAForCausalLM"]
     assert all(module.startswith("transformers_modules.") for module, _ in shown)
+
+
+def test_it_is_pushed_to_a_hub_and_loads_from_there(ids, tmp_path, monkeypatch):
+    """From a hub the code comes file by file, each by the imports of the last."""
+    model = from_dense(small_model(), **TINY)
+    export_model(model, tmp_path / "out", card="---\nlicense: apache-2.0\n---\n# A model\n")
+    with Hub(token="secret") as hub:
+        hub.set_environment(monkeypatch, tmp_path / "cache")
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        url = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", url)
+        monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+        monkeypatch.setenv("HF_TOKEN", "secret")
+        export.push(tmp_path / "out", "someone/small-dsa")
+        pushed = hub.repositories["model", "someone/small-dsa"].files
+        assert pushed == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        loaded = AutoModelForCausalLM.from_pretrained("someone/small-dsa", trust_remote_code=True)
+        assert type(loaded) is type(model)  # where the package is, its own code runs; elsewhere the hub's:
+        cls = get_class_from_dynamic_module("modeling_dsa.Qwen2DSAForCausalLM", "someone/small-dsa")
+        remote = cls.from_pretrained("someone/small-dsa")
+        assert cls.__module__.startswith("transformers_modules.") and type(remote.config).__module__ != "dsa.config"
+        for other in (loaded, remote):
+            torch.testing.assert_close(other.eval()(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+        monkeypatch.setenv("HF_TOKEN", "another")
+        with pytest.raises(HfHubHTTPError):
+            export.push(tmp_path / "out", "someone/small-dsa")
 
 
 def test_no_file_asks_for_what_a_bare_environment_lacks(tmp_path, monkeypatch):
@@ -152,6 +182,19 @@ def test_a_trained_arm_is_exported_with_a_card_of_the_runs_numbers(project, arm)
     if arm == "warmup":
         joined = load_indexer(small_model(), project / "out/indexer.safetensors")
         assert all(torch.equal(*pair) for pair in zip(joined.parameters(), model.parameters(), strict=True))
+
+
+def test_what_is_exported_is_pushed_on_request_and_a_hub_that_refuses_is_one_line(project, monkeypatch, capsys):
+    monkeypatch.setattr(stage, "push", lambda path, name: f"{path} to {name}")
+    stage.main(["out", "--push", "someone/dsa"])
+    assert capsys.readouterr().out == "out to someone/dsa\n"
+
+    def refused(path, name):
+        raise HfHubHTTPError("401 Unauthorized\nlog in", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr(stage, "push", refused)
+    with pytest.raises(SystemExit, match=r"^someone/dsa: 401 Unauthorized$"):
+        stage.main(["again", "--push", "someone/dsa"])
 
 
 def test_what_cannot_be_exported_is_one_line(project):
