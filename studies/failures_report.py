@@ -9,7 +9,8 @@ from stages.arms import COLORS
 from stages.figures import plt, save
 from stages.lock import made_elsewhere
 from stages.markdown import code
-from studies.common import TOLERANCE, render
+from stages.statistics import MARGIN as TOLERANCE
+from studies.common import render
 
 LAYERS_SHOWN = 4  # of a token: those where the indexer misses most
 NAMES = {

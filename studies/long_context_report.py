@@ -8,7 +8,8 @@ from matplotlib.ticker import PercentFormatter
 from stages.arms import COLORS, LABELS
 from stages.figures import line, plt, save
 from stages.lock import made_elsewhere
-from studies.common import TOLERANCE, render
+from stages.statistics import MARGIN as TOLERANCE
+from studies.common import render
 
 TITLES = {
     "needle": "One needle",
