@@ -311,23 +311,27 @@ def preference(curves: dict[str, pd.DataFrame], path: Path) -> None:
     save(figure, path)
 
 
-def retrieval(grids: dict[str, list[dict]], path: Path) -> None:
-    """A heat map an arm and test: values found exactly, by length and by fifths of the depth."""
+def retrieval(grids: dict[str, list[dict]], topk: int, path: Path) -> None:
+    """A heat map an arm and test: values found exactly, by length and by fifths of the depth. A line marks the latest k
+    keys: what stands below it, a window reaches."""
     tests = list(dict.fromkeys(cell["test"] for cells in grids.values() for cell in cells))
-    figure, axes = plt.subplots(
-        len(tests), len(grids), figsize=(3.1 * len(grids), 2.9 * len(tests)), sharex=True, sharey=True, squeeze=False
-    )
+    lengths = sorted({cell["length"] for cells in grids.values() for cell in cells})
+    size = (1.2 + (0.6 + 0.75 * max(2, len(lengths))) * len(grids), 2.9 * len(tests))
+    figure, axes = plt.subplots(len(tests), len(grids), figsize=size, sharex=True, sharey=True, squeeze=False)
     for line_of_axes, test in zip(axes, tests, strict=True):
-        for axis, (arm, cells) in zip(line_of_axes, grids.items(), strict=True):
+        for axis, cells in zip(line_of_axes, grids.values(), strict=True):
             table = pd.DataFrame({cell["length"]: cell["by_depth"] for cell in cells if cell["test"] == test})
             image = axis.imshow(100 * table, cmap="viridis", vmin=0, vmax=100, aspect="auto")
             for (y, x), value in np.ndenumerate(table.to_numpy()):
                 axis.text(x, y, f"{100 * value:.0f}", ha="center", va="center", color="w" if value < 0.6 else "k")
+            for x, length in enumerate(table.columns):
+                axis.hlines(5 * (1 - topk / length) - 0.5, x - 0.5, x + 0.5, color="w", linestyle=":", linewidth=1.5)
             axis.set_xticks(range(len(table.columns)), [f"{length:,}" for length in table.columns])
             axis.set_yticks(range(5), ["first fifth", "2nd", "3rd", "4th", "last fifth"])
-            axis.set_title(f"{LABELS[arm]}\n{test}" if axis in axes[0] else test, fontsize=10)
             axis.grid(False)
-        line_of_axes[0].set_ylabel("where it stands")
+        line_of_axes[0].set_ylabel(f"{test}: where they stand")
+    for axis, arm in zip(axes[0], grids, strict=True):
+        axis.set_title(LABELS[arm], fontsize=10)
     for axis in axes[-1]:
         axis.set_xlabel("tokens of the row")
     figure.colorbar(image, ax=axes, label="found exactly (%)", fraction=0.03)

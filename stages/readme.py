@@ -96,13 +96,13 @@ def sweep_means(sweep: dict) -> dict[str, list[dict]]:
 
 
 def context() -> dict:
-    """Everything that the templates read. What the studies wrote is left out where it is not there."""
+    """Everything that the templates read."""
     cost, speed = read("reports/benchmark/cost.json"), read("reports/speed/cost.json")
     runs = [run for name in STAGES for path in Path("reports", name).glob("*.json") if (run := read(path).get("run"))]
     tables, trained = cost_tables([cost, speed]), read("reports/benchmark/speed.json")
     report, p, base = read("reports/report.json"), params.load(), read("data/base/pretrain.json")
     train = {name: read(f"reports/train/{name}.json") for name in ("dense", "warmup", "sparse")}
-    studies = {name: read(f"reports/{name}.json") for name in ("failures", "long_context")}
+    failures = read("reports/failures.json")
     return {
         "p": p,
         "rows": {row["arm"]: row for row in report["trained"]},
@@ -120,8 +120,8 @@ def context() -> dict:
         "memory": max(run["peak_memory_gb"] for run in runs),
         "device": cost["run"]["device"],
         "sweep": sweep_means(read("reports/sweep.json")) | {"context": read("reports/sweep.json")["context"]},
-        **studies,
-        "elsewhere": {name: made_elsewhere(found["run"]) for name, found in studies.items()},
+        "failures": failures,
+        "elsewhere": {"failures": made_elsewhere(failures["run"])},
         "full_size": read("reports/speed/full_size.json")["rows"],
         "int8_keys": read("reports/speed/int8_keys.json"),
     }

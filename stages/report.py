@@ -203,7 +203,7 @@ def draw(p: params.Params, found: dict, tables: dict, predictions: Predictions) 
     histogram = found["data"]["filter"]["length_histogram"]
     figures.row_lengths(histogram, p.data.min_tokens, p.data.max_length, FIGURES / "row_lengths.png")
     if p.evaluate.retrieval.lengths:
-        figures.retrieval(tables["retrieval"], FIGURES / "retrieval.png")
+        figures.retrieval(tables["retrieval"], p.topk, FIGURES / "retrieval.png")
     figures.dense_over_dsa(found["cost"], FIGURES / "dense_over_dsa.png")
 
 

@@ -232,6 +232,7 @@ def draw_topk(table: list[dict], base: Point, path: Path) -> None:
         values = np.array([line[name] for line in table])
         axes[2].errorbar(ks, values[:, 0], values[:, 1], color=COLORS[color], marker=marker, label=label)
     axes[2].set_ylabel("mass@k, share of attention")
+    axes[2].set_ylim(0, 1)
     axes[2].legend()
     for axis in axes:
         axis.set_xscale("log", base=2)
@@ -294,6 +295,7 @@ def draw_warmup(tables: dict[int, list[dict]], path: Path) -> None:
     axes[0].set_ylim(bottom=lowest)
     axes[0].set_ylabel("answer loss minus dense (nats a token)")
     axes[1].set_ylabel("mass@k after sparse training")
+    axes[1].set_ylim(0, 1)
     for axis in axes:
         axis.set_xlabel("steps of dense warm-up")
         axis.legend()

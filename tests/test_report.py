@@ -190,7 +190,7 @@ def test_the_html_page_has_contents_folds_times_and_scrolls_wide_tables(pages):
     assert (
         html.count("<figure>") == html.count("<figcaption>") == html.count('src="data:image/png') == html.count("<img")
     )
-    for page in ("../README.md", "sweep.md", "failures.md", "long_context.md", "log.md", "report.json"):
+    for page in ("../README.md", "sweep.md", "failures.md", "log.md", "report.json"):
         assert f'href="{page}"' in html and Path("reports", page).suffix in (".md", ".json")
 
 
