@@ -20,7 +20,7 @@ from dsa.evaluation.predictions import attention_mass, observe_dense, predict
 from dsa.indexer import pack_int8
 from dsa.masks import membership
 from stages.files import read_rows, write_json
-from stages.statistics import mean_with_error
+from stages.statistics import mean_interval
 
 
 class Overlap:
@@ -79,7 +79,7 @@ def main() -> None:
         overlap.append(observer.layers)
     gaps = [(x - y)[a] for x, y, a in zip(nll["int8"], nll["model"], answers, strict=True)]
     rows_of = np.repeat(np.arange(len(gaps)), [len(x) for x in gaps])
-    gap, error = mean_with_error(torch.cat(gaps).double().numpy(), rows_of)
+    gap, half = mean_interval(torch.cat(gaps).double().numpy(), rows_of)
     result = {
         "rows": len(rows),
         "statistics_rows": len(ids),
@@ -88,7 +88,7 @@ def main() -> None:
         "float32": found["model"],
         "int8": found["int8"],
         "loss_gap": round(gap, 7),
-        "loss_gap_se": round(error, 7),
+        "loss_gap_ci": round(half, 7),
         "same_keys": np.mean(overlap, axis=0).round(5).tolist(),
     }
     write_json(Path("reports/speed/int8_keys.json"), result)

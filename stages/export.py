@@ -42,7 +42,7 @@ def card(model, arm: str) -> str:
         "loss": own["loss"],
         "loss_dense": other["loss"],
         "gap": own["gap"][0],
-        "gap_se": own["gap"][1],
+        "gap_ci": own["gap"][1],
         "share": own["retrieval_tokens"] if own["lookups"] else None,
         "share_dense": other["retrieval_tokens"],
         "backbone": sum(parameter.numel() for parameter in model.backbone_parameters()),

@@ -8,10 +8,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter
 
 from stages.arms import ARMS, COLORS, LABELS, TRAINED
-from stages.statistics import mean_with_error, ratio_with_error
+from stages.statistics import MARGIN, mean_interval, ratio_interval
 
 BIN = 128  # positions
 
@@ -49,41 +49,47 @@ def save(figure, path: Path) -> None:
     plt.close(figure)
 
 
-def by_position(positions: np.ndarray, rows: np.ndarray, values: np.ndarray) -> pd.DataFrame:
-    """Mean and standard error (over rows) of per-token values in bins of `BIN` positions."""
-    frame = pd.DataFrame({"bin": positions // BIN, "row": rows, "value": values})
-    cells = frame.groupby(["bin", "row"])["value"].agg(["sum", "count"]).reset_index()
+def by_position(positions: np.ndarray, units: np.ndarray, values: np.ndarray) -> pd.DataFrame:
+    """Mean and half of the 95 % interval of per-token values in bins of `BIN` positions that enough units have."""
+    frame = pd.DataFrame({"bin": positions // BIN, "unit": units, "value": values})
+    cells = frame.groupby(["bin", "unit"])["value"].agg(["sum", "count"]).reset_index()
 
     def ratio(cell: pd.DataFrame) -> pd.Series:
-        mean, error = ratio_with_error(cell["sum"].to_numpy(), cell["count"].to_numpy())
-        return pd.Series({"mean": mean, "se": error, "rows": len(cell)})
+        mean, half = ratio_interval(cell["sum"].to_numpy(), cell["count"].to_numpy())
+        return pd.Series({"mean": mean, "half": half, "units": len(cell)})
 
     table = cells.groupby("bin")[["sum", "count"]].apply(ratio)
     table["position"] = table.index * BIN + BIN / 2
-    return table[table["rows"] >= 10]
+    return table[table["units"] >= 5]
 
 
-def loss_by_position(nll: dict[str, np.ndarray], positions, rows, topk: int, path: Path) -> None:
-    """Left: loss of each trained arm. Right: its difference from dense attention, token by token."""
+def loss_by_position(nll: dict[str, np.ndarray], positions, units, topk: int, path: Path) -> None:
+    """Left: loss of each trained arm. Right: its difference from dense attention, token by token, on an axis that is
+    linear near the margin of equivalence and logarithmic beyond, where the window is."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     for arm, values in nll.items():
-        table = by_position(positions, rows, values)
+        table = by_position(positions, units, values)
         left.plot(table["position"], table["mean"], **line(arm))
         if arm != "dense":
-            gap = by_position(positions, rows, values - nll["dense"])
+            gap = by_position(positions, units, values - nll["dense"])
             right.plot(gap["position"], gap["mean"], **line(arm))
-            band = gap["mean"] - gap["se"], gap["mean"] + gap["se"]
+            band = gap["mean"] - gap["half"], gap["mean"] + gap["half"]
             right.fill_between(gap["position"], *band, color=COLORS[arm], alpha=0.2, linewidth=0)
     for axis in (left, right):
         axis.axvline(topk, color="#999999", linestyle=":")
         axis.set_xlabel("position in the sequence (tokens)")
     right.axhline(0, color="#222222", linewidth=1)
+    right.axhspan(-MARGIN, MARGIN, color="#999999", alpha=0.15, linewidth=0, label=f"± {MARGIN}, counts as equal")
+    right.set_yscale("symlog", linthresh=2 * MARGIN, linscale=1.5)
+    right.yaxis.set_major_locator(FixedLocator([-0.1, -0.05, -0.02, -0.01, 0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2]))
+    right.yaxis.set_major_formatter(lambda x, _: f"{x:+g}" if x else "0")
+    right.yaxis.set_minor_formatter(NullFormatter())
     right.annotate(f" k = {topk}", (topk, right.get_ylim()[0]), va="bottom", color="#777777")
     left.set_ylabel("held-out loss (nats per token)")
     right.set_ylabel("loss minus dense (nats per token)")
     left.legend()
     right.legend()
-    figure.suptitle("What sparse attention costs in quality, by position (band: ± one standard error over rows)")
+    figure.suptitle("What sparse attention costs in quality, by position (bands: 95 % intervals)")
     save(figure, path)
 
 
@@ -168,6 +174,7 @@ def training_curves(curves: dict[str, pd.DataFrame], path: Path) -> None:
         shade = plt.cm.viridis(i / max(1, len(layers) - 0.5))
         right.plot(mass["step"], mass[name], marker=".", color=shade, label=f"layer {i}")
     right.axvline(begun, color="#999999", linestyle=":")
+    right.set_ylim(0, 1)
     right.set_ylabel("share of attention on the indexer's best keys")
     right.set_title("an eighth of the keys, one held-out row", fontsize=10)
     right.legend(ncols=1 + len(layers) // 9)
@@ -205,7 +212,7 @@ def row_lengths(histogram: dict[str, int], least: int, longest: int, path: Path)
 
 
 def retrieval_by_distance(
-    distance: np.ndarray, rows: np.ndarray, shares: dict[str, np.ndarray], topk: int, path: Path
+    distance: np.ndarray, units: np.ndarray, shares: dict[str, np.ndarray], topk: int, path: Path
 ) -> None:
     edges = np.array([0, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 1 << 20])
     edges = edges[: np.searchsorted(edges, distance.max(initial=1), side="right") + 1]
@@ -213,14 +220,15 @@ def retrieval_by_distance(
     which = np.digitize(distance, edges) - 1
     bins = [b for b in range(len(edges) - 1) if (which == b).sum() >= 8]
     for place, (arm, share) in enumerate(shares.items()):
-        mean, error = np.array([mean_with_error(share[which == b], rows[which == b]) for b in bins]).T.reshape(2, -1)
+        mean, half = np.array([mean_interval(share[which == b], units[which == b]) for b in bins]).T.reshape(2, -1)
         at = np.arange(len(bins)) + 0.08 * (place - 1)  # beside each other
-        axis.errorbar(at, 100 * mean, 100 * error, **line(arm) | {"linewidth": 1.5}, marker="osD"[place])
+        axis.errorbar(at, 100 * mean, 100 * half, **line(arm) | {"linewidth": 1.5}, marker="osD"[place])
     names = [f"{edges[b]}–{min(edges[b + 1], distance.max())}\nn={(which == b).sum()}" for b in bins]
     axis.set_xticks(range(len(bins)), names)
     axis.set_xlabel(f"tokens between the definition and the answer (k = {topk})")
     axis.set_ylabel("answer tokens right (%)")
-    axis.set_title("Looking a definition up, by distance (bars: ± one standard error over rows)")
+    axis.set_title("Looking a definition up, by distance (bars: 95 % intervals)")
+    axis.set_ylim(0, 100)
     axis.legend()
     save(figure, path)
 
@@ -287,46 +295,43 @@ def dense_over_dsa(cost: dict, path: Path) -> None:
     save(figure, path)
 
 
-def preference(curves: dict[str, pd.DataFrame], results: dict, path: Path) -> None:
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.8), width_ratios=(2, 2, 1.4))
+def preference(curves: dict[str, pd.DataFrame], path: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8))
     for arm, curve in curves.items():
-        left.plot(curve["step"], curve["loss"], color=COLORS[arm], marker=".", label=LABELS[arm])
-        middle.plot(curve["step"], curve["rewards/margins"], color=COLORS[arm], marker=".", label=LABELS[arm])
+        left.plot(curve["step"], curve["loss"], **line(arm))
+        right.plot(curve["step"], curve["rewards/margins"], **line(arm))
     left.axhline(np.log(2), color="#999999", linestyle=":", label="no preference, log 2")
     left.set_ylabel("DPO loss (nats per pair)")
-    middle.set_ylabel("reward margin on the training pairs")
-    for axis in (left, middle):
+    left.set_ylim(bottom=0)
+    left.legend(loc="lower left")
+    right.set_ylabel("reward margin on the training pairs")
+    for axis in (left, right):
         axis.set_xlabel("step")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    left.legend(loc="lower left")
-    middle.legend()
-    for place, arm in enumerate(curves):
-        mean, error = np.array(results["arms"][arm]["accuracy"], float)  # the error of a single unit is none
-        right.bar(place, 100 * mean, yerr=100 * error, color=COLORS[arm], width=0.6, capsize=4)
-    right.axhline(50, color="#999999", linestyle=":")
-    right.annotate("chance", (0.5, 50), ha="center", va="bottom", fontsize=8)
-    right.set_xticks(range(len(curves)), [LABELS[arm] for arm in curves])
-    right.set_ylabel("reward accuracy, held-out pairs (%)")
     save(figure, path)
 
 
-def retrieval(grids: dict[str, list[dict]], path: Path) -> None:
-    """A heat map an arm and test: values found exactly, by length and by fifths of the depth."""
+def retrieval(grids: dict[str, list[dict]], topk: int, path: Path) -> None:
+    """A heat map an arm and test: values found exactly, by length and by fifths of the depth. A line marks the latest k
+    keys: what stands below it, a window reaches."""
     tests = list(dict.fromkeys(cell["test"] for cells in grids.values() for cell in cells))
-    figure, axes = plt.subplots(
-        len(tests), len(grids), figsize=(3.1 * len(grids), 2.9 * len(tests)), sharex=True, sharey=True, squeeze=False
-    )
+    lengths = sorted({cell["length"] for cells in grids.values() for cell in cells})
+    size = (1.2 + (0.6 + 0.75 * max(2, len(lengths))) * len(grids), 2.9 * len(tests))
+    figure, axes = plt.subplots(len(tests), len(grids), figsize=size, sharex=True, sharey=True, squeeze=False)
     for line_of_axes, test in zip(axes, tests, strict=True):
-        for axis, (arm, cells) in zip(line_of_axes, grids.items(), strict=True):
+        for axis, cells in zip(line_of_axes, grids.values(), strict=True):
             table = pd.DataFrame({cell["length"]: cell["by_depth"] for cell in cells if cell["test"] == test})
             image = axis.imshow(100 * table, cmap="viridis", vmin=0, vmax=100, aspect="auto")
             for (y, x), value in np.ndenumerate(table.to_numpy()):
                 axis.text(x, y, f"{100 * value:.0f}", ha="center", va="center", color="w" if value < 0.6 else "k")
+            for x, length in enumerate(table.columns):
+                axis.hlines(5 * (1 - topk / length) - 0.5, x - 0.5, x + 0.5, color="w", linestyle=":", linewidth=1.5)
             axis.set_xticks(range(len(table.columns)), [f"{length:,}" for length in table.columns])
             axis.set_yticks(range(5), ["first fifth", "2nd", "3rd", "4th", "last fifth"])
-            axis.set_title(f"{LABELS[arm]}\n{test}" if axis in axes[0] else test, fontsize=10)
             axis.grid(False)
-        line_of_axes[0].set_ylabel("where it stands")
+        line_of_axes[0].set_ylabel(f"{test}: where they stand")
+    for axis, arm in zip(axes[0], grids, strict=True):
+        axis.set_title(LABELS[arm], fontsize=10)
     for axis in axes[-1]:
         axis.set_xlabel("tokens of the row")
     figure.colorbar(image, ax=axes, label="found exactly (%)", fraction=0.03)

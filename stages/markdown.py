@@ -56,14 +56,14 @@ def number(x: float | None, digits: int = 4, sign: bool = False, times: float = 
     return Markup("–" if x is None or x != x else f"{round(times * x, digits) + 0.0:{'+' if sign else ''},.{digits}f}")
 
 
-def with_error(pair: Sequence[float | None], digits: int = 4, sign: bool = True, times: float = 1) -> Markup:
-    """A mean and its standard error: +0.0016 ± 0.0009."""
+def with_interval(pair: Sequence[float | None], digits: int = 4, sign: bool = True, times: float = 1) -> Markup:
+    """A mean and half of its 95 % interval: +0.0016 ± 0.0018."""
     return Markup(f"{number(pair[0], digits, sign, times)}{NBSP}±{NBSP}{number(pair[1], digits, times=times)}")
 
 
 def percent(x: float | Sequence[float | None], digits: int = 1) -> Markup:
-    """A share, or one with its standard error."""
-    text = number(x, digits, times=100) if isinstance(x, (int, float)) else with_error(x, digits, False, 100)
+    """A share, or one with half of its 95 % interval."""
+    text = number(x, digits, times=100) if isinstance(x, (int, float)) else with_interval(x, digits, False, 100)
     return Markup(f"{text}{NBSP}%")
 
 
@@ -76,7 +76,7 @@ FILTERS = {
     "code": code,
     "block": block,
     "number": number,
-    "with_error": with_error,
+    "with_interval": with_interval,
     "percent": percent,
     "amount": amount,
 }

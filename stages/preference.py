@@ -3,7 +3,7 @@
 import numpy as np
 
 from stages.arms import PAIR
-from stages.statistics import Predictions, load, mean_with_error
+from stages.statistics import Predictions, load, mean_interval
 
 
 def measures(scores: dict[str, np.ndarray], beta: float) -> dict[str, np.ndarray]:
@@ -18,7 +18,8 @@ def measures(scores: dict[str, np.ndarray], beta: float) -> dict[str, np.ndarray
 
 
 def summarize(metrics: dict[str, dict], beta: float, predictions: Predictions) -> dict:
-    """Both arms' numbers and their paired difference, each with a standard error over the independent units of `dpo`.
+    """Both arms' numbers and their paired difference, each with half of its 95 % interval over the units
+    of `dpo`.
 
     Args:
         metrics: of the two `dpo` stages, by arm.
@@ -30,17 +31,17 @@ def summarize(metrics: dict[str, dict], beta: float, predictions: Predictions) -
     arms = {}
     for arm, s in scores.items():
         arms[arm] = {
-            **{name: mean_with_error(values, unit) for name, values in measured[arm].items()},
-            "chosen": mean_with_error(s["chosen"], unit),
-            "kl": mean_with_error(np.repeat(s["kl"] / s["tokens"], s["tokens"]), np.repeat(unit, s["tokens"])),
+            **{name: mean_interval(values, unit) for name, values in measured[arm].items()},
+            "chosen": mean_interval(s["chosen"], unit),
+            "kl": mean_interval(np.repeat(s["kl"] / s["tokens"], s["tokens"]), np.repeat(unit, s["tokens"])),
             "lm_loss": predictions.gap(f"dpo_{arm}", arm),
         }
     ours, theirs = measured["dsa"], measured["dense"]
-    difference = {n: mean_with_error(ours[n] - theirs[n], unit) for n in ("accuracy", "margin", "after")}
+    difference = {n: mean_interval(ours[n] - theirs[n], unit) for n in ("accuracy", "margin", "after")}
     return {
         "arms": arms,
         "difference": difference,
-        "differs": {name: abs(mean) > 2 * error for name, (mean, error) in difference.items()},
+        "differs": {name: abs(mean) > half for name, (mean, half) in difference.items()},
         "held_out_pairs": len(unit),
         "units": len(np.unique(unit)),
         "pairs": metrics["dense"]["pairs"],

@@ -15,7 +15,7 @@ import pandas as pd
 from stages import params
 from stages.arms import TRAINED
 from stages.lock import made_elsewhere
-from stages.markdown import load
+from stages.markdown import load, percent
 
 BLOCK = re.compile(r"(<!-- numbers: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 RUNS = ("reports", "reports/long")  # the default's, and that of the profile long
@@ -57,7 +57,38 @@ def run_of(folder: Path) -> dict:
     own = {kind: row["ratio"] for kind, rows in speed["tables"].items() for row in rows if row["length"] == length}
     rows = {row["arm"]: row for row in report["trained"]}
     times = {arm: {kind: ratio[name] for kind, ratio in own.items()} for arm, name in names.items()}
-    return {"length": length, "topk": topk, "rows": rows, "times": times}
+    return {"length": length, "topk": topk, "units": report["units"], "rows": rows, "times": times}
+
+
+PAPER = {  # DeepSeek-V3.2 (arXiv 2512.02556); its sizes are those of its released code
+    "parameters": "671 B",
+    "length": 128 * 1024,
+    "topk": 2048,
+    "indexer": (64, 128),
+    "attention": 128 * (576 + 512),  # multiply-adds a key: multi-query, 128 heads on the latent, both products
+    "warmup": ("2.1 B", 1e-3),
+    "sparse": ("943.7 B", 7.3e-6),
+    "warmup_share": 2.1 / (2.1 + 943.7),
+}
+
+
+def scale(p: params.Params, base: dict, own: dict, train: dict) -> list[tuple[str, str, str]]:
+    """The paper's run beside the default one: (name, there, here). own: of reports/benchmark/cost.json."""
+    heads, size = PAPER["indexer"]
+    warmup, sparse = (train[name]["tokens"] for name in ("warmup", "sparse"))
+    return [
+        ("parameters", PAPER["parameters"], f"{base['parameters'] / 1e6:.1f} M"),
+        ("length", f"{PAPER['length']:,}", f"{p.data.max_length:,}"),
+        ("topk", f"{PAPER['topk']:,}", f"{p.topk:,}"),
+        ("share", f"1/{PAPER['length'] / PAPER['topk']:g}", f"1/{p.data.max_length / p.topk:g}"),
+        ("indexer", f"{heads} × {size}", f"{p.indexer.n_heads} × {p.indexer.head_dim}"),
+        ("score", percent(heads * size / PAPER["attention"], 0), percent(own["score"] / own["attention"], 0)),
+        ("warmup", PAPER["warmup"][0], f"{warmup:,}"),
+        ("sparse", PAPER["sparse"][0], f"{sparse:,}"),
+        ("warmup_share", percent(PAPER["warmup_share"]), percent(warmup / (warmup + sparse))),
+        ("warmup_rate", f"{PAPER['warmup'][1]:g}", f"{p.warmup.learning_rate:g}"),
+        ("sparse_rate", f"{PAPER['sparse'][1]:g}", f"{p.sparse.learning_rate:g}"),
+    ]
 
 
 def sweep_means(sweep: dict) -> dict[str, list[dict]]:
@@ -77,14 +108,15 @@ def sweep_means(sweep: dict) -> dict[str, list[dict]]:
 
 
 def context() -> dict:
-    """Everything that the templates read. What the studies wrote is left out where it is not there."""
+    """Everything that the templates read."""
     cost, speed = read("reports/benchmark/cost.json"), read("reports/speed/cost.json")
     runs = [run for name in STAGES for path in Path("reports", name).glob("*.json") if (run := read(path).get("run"))]
     tables, trained = cost_tables([cost, speed]), read("reports/benchmark/speed.json")
-    report = read("reports/report.json")
-    studies = {name: read(f"reports/{name}.json") for name in ("failures", "long_context")}
+    report, p, base = read("reports/report.json"), params.load(), read("data/base/pretrain.json")
+    train = {name: read(f"reports/train/{name}.json") for name in ("dense", "warmup", "sparse")}
+    failures = read("reports/failures.json")
     return {
-        "p": params.load(),
+        "p": p,
         "rows": {row["arm"]: row for row in report["trained"]},
         "trained": TRAINED,
         "report": report,
@@ -94,14 +126,15 @@ def context() -> dict:
         "own": cost_tables([trained]),
         "tables": tables,
         "faster_from": faster_from,
-        "train": {name: read(f"reports/train/{name}.json") for name in ("dense", "sparse")},
-        "base": read("data/base/pretrain.json"),
+        "train": train,
+        "base": base,
+        "scale": scale(p, base, cost["own"], train),
         "minutes": sum(run["seconds"] for run in runs) / 60,
         "memory": max(run["peak_memory_gb"] for run in runs),
         "device": cost["run"]["device"],
         "sweep": sweep_means(read("reports/sweep.json")) | {"context": read("reports/sweep.json")["context"]},
-        **studies,
-        "elsewhere": {name: made_elsewhere(found["run"]) for name, found in studies.items()},
+        "failures": failures,
+        "elsewhere": {"failures": made_elsewhere(failures["run"])},
         "full_size": read("reports/speed/full_size.json")["rows"],
         "int8_keys": read("reports/speed/int8_keys.json"),
     }

@@ -18,7 +18,7 @@ from stages.common import device_name, git_commit
 from stages.files import write_json
 from stages.html import to_html
 from stages.markdown import page
-from stages.statistics import MARGIN, Predictions, equivalence, plain
+from stages.statistics import KINDS, MARGIN, Predictions, equivalence, plain
 from stages.summary import summarize
 
 REPORTS = Path("reports")
@@ -49,7 +49,7 @@ def read_stages() -> dict:
 
 def compare(predictions: Predictions, arms: dict, names: tuple[str, ...], reference: str) -> list[dict]:
     """The rows of a table: each arm against the reference on the same weights or the same budget. Differences are
-    pairs, with their standard errors."""
+    pairs, with half of their 95 % intervals."""
     return [
         {
             "arm": arm,
@@ -61,6 +61,17 @@ def compare(predictions: Predictions, arms: dict, names: tuple[str, ...], refere
         }
         for arm in names
     ]
+
+
+def by_kind(predictions: Predictions) -> list[dict]:
+    """The gap of each trained arm to dense attention on the answers of rows of a kind, where there is more than one."""
+    kinds, found = predictions.kinds, []
+    for kind in KINDS:
+        if 0 < (rows := int((kinds == kind).sum())) < len(kinds):
+            here = kinds[predictions.rows] == kind
+            gaps = {arm: predictions.gap(arm, "dense", where=here) for arm in TRAINED if arm != "dense"}
+            found.append({"kind": kind, "rows": rows, "gap": gaps})
+    return found
 
 
 def exact(arm: dict, cells: list[dict]) -> dict[str, float]:
@@ -91,7 +102,11 @@ def checked(p: params.Params, data: dict, base: dict | None, train: dict, dpo: d
     def unit(split_by: str, name: str) -> str:
         return "prompt" if split_by == "prompt" else "file family" if of_corpus(name) else "data source"
 
+    def plural(unit: str) -> str:
+        return {"file family": "file families"}.get(unit, f"{unit}s")
+
     unit_of_rows = unit(p.data.split_by, "sft")
+    independent = "row" if unit_of_rows == "prompt" else unit_of_rows
     families = set(data["download"].get("python_packages", {}).get("test_families", []))
     known = base is not None and unit_of_rows == "file family"
     runs = (*train.values(), *dpo.values())
@@ -100,7 +115,8 @@ def checked(p: params.Params, data: dict, base: dict | None, train: dict, dpo: d
         "base_saw_no_family": known and families <= set(base["held_out_families"]),
         "unit": unit_of_rows,
         "pair_unit": (pair_unit := unit(p.preference.split_by, "preference")),
-        "pair_units": {"file family": "file families"}.get(pair_unit, f"{pair_unit}s"),
+        "pair_units": plural(pair_unit),
+        "independent": (independent, plural(independent)),
         "answers": ("right", "wrong") if of_corpus("preference") else ("chosen", "rejected"),
         "same_training": len({(train[n]["rows"], train[n]["tokens"]) for n in ("dense", "sparse", "window")}) == 1,
         "same_pairs": len({(m["pairs"], m["tokens"]) for m in dpo.values()}) == 1,
@@ -135,17 +151,23 @@ def measure(p: params.Params, found: dict, predictions: Predictions) -> dict:
     """reports/report.json: what the predictions say of each arm, and where the page was made."""
     evaluations = found["evaluations"]
     arms = {arm: numbers for e in evaluations.values() for arm, numbers in e["arms"].items()}
-    few = predictions.first(p.evaluate.control_rows)
+    few, seen = predictions.first(p.evaluate.control_rows), predictions.positions <= p.topk
     retrieval = {arm: evaluations[ARMS[arm].group]["retrieval"][arm] for arm in RETRIEVING}
     trained = compare(predictions, arms, TRAINED, "dense")
     return {
         "trained": [row | {"exact": exact(row, retrieval[row["arm"]])} for row in trained],
         "untrained": compare(predictions, arms, UNTRAINED, "base"),
         "budgets": budgets(p, found, few),
-        "equivalence": {row["arm"]: equivalence(*row["gap"], row["rows"]) for row in trained if row["arm"] != "dense"},
+        "equivalence": equivalence(*predictions.gap("dsa", "dense"), predictions.count),
         "margin": MARGIN,
-        "control_gap": few.gap("dsa", "dense"),
-        "oracle_gap": few.gap("dsa_oracle", "dense"),
+        "units": predictions.count,
+        "by_kind": by_kind(predictions),
+        "up_to_k": {arm: predictions.gap(arm, "dense", False, seen) for arm in TRAINED if arm != "dense"},
+        "control": {
+            "dsa": few.gap("dsa", "dense"),
+            "oracle": few.gap("dsa_oracle", "dense"),
+            "indexer": few.gap("dsa", "dsa_oracle"),
+        },
         "retrieval": retrieval,
         "floors": evaluations["dense"]["floors"],
         "preference": preference.summarize(found["dpo"], p.dpo.beta, predictions),
@@ -161,7 +183,7 @@ def measure(p: params.Params, found: dict, predictions: Predictions) -> dict:
 def draw(p: params.Params, found: dict, tables: dict, predictions: Predictions) -> None:
     """All figures."""
     arms = {arm: predictions.nll(arm) for arm in TRAINED}
-    figures.loss_by_position(arms, predictions.positions, predictions.rows, p.topk, FIGURES / "loss_by_position.png")
+    figures.loss_by_position(arms, predictions.positions, predictions.units, p.topk, FIGURES / "loss_by_position.png")
     figures.payoff(pd.DataFrame(tables["budgets"]), p.topk, p.data.max_length, FIGURES / "payoff.png")
     selections = {arm: found["evaluations"][arm]["selection"] for arm in ("warmup", "dsa")}
     figures.mass_by_layer(selections, p.topk, FIGURES / "mass_by_layer.png")
@@ -169,19 +191,19 @@ def draw(p: params.Params, found: dict, tables: dict, predictions: Predictions) 
     figures.training_curves(curves, FIGURES / "training_curves.png")
     if len(distance := predictions.arrays["lookup_distance"]):
         shares = {arm: predictions.arrays[f"share_{arm}"] for arm in TRAINED}
-        rows_of = predictions.arrays["lookup_row"]
-        figures.retrieval_by_distance(distance, rows_of, shares, p.topk, FIGURES / "retrieval_by_distance.png")
+        units = predictions.unit_of[predictions.arrays["lookup_row"]]
+        figures.retrieval_by_distance(distance, units, shares, p.topk, FIGURES / "retrieval_by_distance.png")
     maps = (predictions.arrays["heatmap_wanted"], predictions.arrays["heatmap_offered"])
     figures.heatmap(*maps, int(predictions.arrays["heatmap_layer"]), FIGURES / "heatmap.png")
     if found["base"]:
         curve = pd.read_csv(f"{EMBEDDED}/pretrain.csv")
         figures.base_curve(curve, FIGURES / "base_curve.png")
     dpo = {arm: pd.read_csv(REPORTS / f"dpo/{arm}.csv") for arm in PAIR}
-    figures.preference(dpo, tables["preference"], FIGURES / "preference.png")
+    figures.preference(dpo, FIGURES / "preference.png")
     histogram = found["data"]["filter"]["length_histogram"]
     figures.row_lengths(histogram, p.data.min_tokens, p.data.max_length, FIGURES / "row_lengths.png")
     if p.evaluate.retrieval.lengths:
-        figures.retrieval(tables["retrieval"], FIGURES / "retrieval.png")
+        figures.retrieval(tables["retrieval"], p.topk, FIGURES / "retrieval.png")
     figures.dense_over_dsa(found["cost"], FIGURES / "dense_over_dsa.png")
 
 
@@ -209,7 +231,7 @@ def write_page(p: params.Params, found: dict, tables: dict) -> None:
 
 def main() -> None:
     p = params.load("report")
-    found, predictions = read_stages(), Predictions(tuple(GROUPS))
+    found, predictions = read_stages(), Predictions(tuple(GROUPS), p.data.split_by)
     write_json(REPORTS / "report.json", plain(measure(p, found, predictions)))
     tables = read("report.json")
     FIGURES.mkdir(parents=True, exist_ok=True)

@@ -14,8 +14,8 @@ def summarize(rows: dict[str, dict], selection: dict, preference: dict, stages: 
         stages: what each stage cost, `{"seconds": ..., "peak_memory_gb": ...}`.
 
     Losses in nats a token, over the answers; look-ups by the share of their tokens that is right, pairs by the share
-    found exactly in the longest rows, mass by the share of dense attention that the selected keys hold; `_se` is one
-    standard error.
+    found exactly in the longest rows, mass by the share of dense attention that the selected keys hold; `_ci` is half
+    of the 95 % interval.
     """
     dense, dsa = rows["dense"], rows["dsa"]
     memory = [stage.get("peak_device_memory_gb", stage["peak_memory_gb"]) for stage in stages]
@@ -23,7 +23,7 @@ def summarize(rows: dict[str, dict], selection: dict, preference: dict, stages: 
         "loss_dense": dense["loss"],
         "loss_dsa": dsa["loss"],
         "gap": dsa["gap"][0],
-        "gap_se": dsa["gap"][1],
+        "gap_ci": dsa["gap"][1],
         "gap_window": rows["window_trained"]["gap"][0],
         "lookups": dsa["retrieval_tokens"],
         "pairs_dense": dense["exact"].get("pairs"),

@@ -5,13 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from stages.markdown import page
-from stages.statistics import mean_with_error
-
-TOLERANCE = 0.01  # nats a token, one per cent of perplexity: the smallest loss that matters
-TAIL = 0.975  # of a 95 % interval: the quantile of its upper end
+from stages.statistics import mean_interval
 
 
 class TooFewRows(SystemExit):
@@ -19,18 +15,16 @@ class TooFewRows(SystemExit):
 
 
 def interval(values: np.ndarray, units: np.ndarray) -> dict:
-    """Mean of per-token values, its standard error with the units (rows) as the independent ones, 95 % by Student's t.
+    """Mean of per-token values and its 95 % interval, the units as the independent ones.
 
     Raises TooFewRows for fewer than two units, which tell nothing of others.
     """
     count = len(np.unique(units))
     if count < 2:
         raise TooFewRows(f"an interval needs two rows at least, and there are {count}")
-    mean, error = mean_with_error(values, units)
-    half = stats.t.ppf(TAIL, count - 1) * error
+    mean, half = mean_interval(values, units)
     return {
         "mean": mean,
-        "error": error,
         "low": mean - half,
         "high": mean + half,
         "units": count,

@@ -1,15 +1,17 @@
-"""Where DSA fails, and what its gap to dense attention is made of, from a finished run of the pipeline.
+"""Where DSA still loses to dense attention, from a finished run: by length of the context, by layer, and by row.
 
-    python -m studies.failures                                 # a minute: reports/failures.{json,md}, failures/*.png
-    python -m studies.failures --from reports/failures.json    # the page again, without the model
+    python -m studies.failures                                 # minutes: reports/failures.{json,md,png}
+    python -m studies.failures --from reports/failures.json    # the page again, without the models
 
-Reads the predictions of all arms (data/evaluate) and the DSA model. Losses in nats a token; every difference is paired
-token by token, with a 95 % interval that has rows as the independent units.
+Losses in nats a token; every difference is paired, with a 95 % interval.
 """
 
 import argparse
+import copy
 import json
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,35 +20,23 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from dsa import DSAForCausalLM, load_model
+from dsa.data.recall import Recall
 from dsa.data.rows import IGNORE, examples
-from dsa.evaluation.predictions import attention_mass, observe_dense
-from stages import arms
+from dsa.evaluation.predictions import changed, predict
+from stages import params
+from stages.arms import PAIR, model_of
 from stages.common import device_name, git_commit
-from stages.evaluate import is_lookup
 from stages.files import read_rows
 from stages.lock import model_hashes
-from stages.statistics import Predictions, plain
+from stages.statistics import HELD_OUT, Predictions, plain
 from studies.common import interval, write
 from studies.failures_report import write_report
-from studies.probes import MissedKeys, QueryStatistics, losses
 
 OUT = Path("reports/failures.json")
-CONTRASTS = {  # {arm: its sign}; stages/arms.py says what the arms are
-    "base": {"warmup": 1, "base": -1},
-    "base_budget": {"oracle": 1, "base": -1},
-    "base_indexer": {"warmup": 1, "oracle": -1},
-    "trained": {"dsa": 1, "dense": -1},
-    "trained_budget": {"dsa_oracle": 1, "dense": -1},
-    "trained_indexer": {"dsa": 1, "dsa_oracle": -1},
-    "change": {"dsa": 1, "dense": -1, "warmup": -1, "base": 1},
-    "change_budget": {"dsa_oracle": 1, "dense": -1, "oracle": -1, "base": 1},
-    "change_indexer": {"dsa": 1, "dsa_oracle": -1, "warmup": -1, "oracle": 1},
-}
-ARMS = tuple(dict.fromkeys(arm for signs in CONTRASTS.values() for arm in signs))
-ROWS, TOKENS, KEYS = 5, 3, 5  # shown: rows, tokens of a row, missed keys of a token in a layer
-CONTEXT = 40  # tokens of text before a token that is shown
-SMALL = 0.01  # nats: a token whose loss differs by less counts as the same
-LARGEST = 0.01  # share of the tokens that differ most
+SHORTEST = 1024  # tokens of context
+TAIL = 512  # tokens at the end of a text, the same ones for each length of its context
+TEXTS, VALUE_ROWS, LAYER_ROWS, SHOWN = 12, 5, 6, 5
+CONTEXT = 24  # tokens of text before a token that is shown
 SAME = 1e-3  # nats: as near as the model's loss must come to what the stage `evaluate` wrote
 
 
@@ -54,221 +44,177 @@ class FailuresError(SystemExit):
     """str() is the one line to show."""
 
 
-def decomposition(predictions: Predictions, families: np.ndarray) -> dict[str, dict]:
-    """`CONTRASTS` over the answer tokens of the rows that all arms have.
+@contextmanager
+def sparse_in(model: DSAForCausalLM, layers: Iterable[int]) -> Iterator[None]:
+    """Sparse attention in these layers and dense attention in all others, each layer with a config of its own."""
+    layers = set(layers)
+    attentions = [layer.self_attn for layer in model.model.layers]
+    shared, mode = [attention.config for attention in attentions], model.config.attention_mode
+    try:
+        model.config.attention_mode = "dense"  # has the dense layers' mask made; sparse ones do not read it
+        for i, attention in enumerate(attentions):
+            attention.config = copy.deepcopy(model.config)
+            attention.config.attention_mode = "sparse" if i in layers else "dense"
+        yield
+    finally:
+        model.config.attention_mode = mode
+        for attention, config in zip(attentions, shared, strict=True):
+            attention.config = config
 
-    families: of each row; each contrast also has its interval with these as the units, for files of a family are alike.
-    """
-    n = min(len(predictions.nll(arm)) for arm in ARMS)
-    which = predictions.answers[:n]
-    rows = predictions.rows[:n][which]
+
+def losses(model: DSAForCausalLM, rows: list[dict], layers: Iterable[int]) -> np.ndarray:
+    """-log p of each token of the rows but their first, one after the other, with sparse attention in these layers."""
+    with sparse_in(model, layers):
+        return torch.cat([predict(model, row["input_ids"]).nll for row in rows]).double().numpy()
+
+
+def lengths(longest: int) -> list[int]:
+    """Of a context: powers of two from `SHORTEST`, and the longest that was trained."""
+    powers = [SHORTEST << i for i in range((longest // SHORTEST).bit_length())]
+    return [n for n in powers if n < longest] + [longest]
+
+
+def ways(models: dict[str, DSAForCausalLM], topk: int, share: float) -> dict[str, tuple[DSAForCausalLM, dict]]:
+    """How a context is attended to: {name: (model, changes of its config)}. share: of the longest context."""
+    return {
+        "dense": (models["dense"], {}),
+        "every": (models["dsa"], {"attention_mode": "dense"}),
+        "fixed": (models["dsa"], {"index_topk": topk}),
+        "share": (models["dsa"], {"index_topk": round(share * topk)}),
+    }
+
+
+def text_losses(model: DSAForCausalLM, ids: list[int], length: int) -> float:
+    """Mean loss of the last tokens of a text that is seen from so many tokens before its end on."""
+    return predict(model, ids[-length:]).nll[-TAIL:].mean().item()
+
+
+def value_losses(model: DSAForCausalLM, rows: list, seed: int, length: int) -> float:
+    """Mean loss of the values that a row of pairs or needles asks for."""
+    row = rows[seed % len(rows)](seed // len(rows), length)
+    nll = predict(model, row.ids).nll
+    return np.mean([nll[start - 1 : end - 1].mean().item() for start, end in row.spans])
+
+
+def growth(gaps: np.ndarray, at: list[int], units: np.ndarray) -> dict:
+    """Of gaps [rows, lengths]: the mean at each length, and how much it grows each time the length doubles."""
+    doublings = np.log2(at)
+    slopes = np.polyfit(doublings, gaps.T, 1)[0] if len(at) > 1 else np.zeros(len(gaps))
+    return {"at": [interval(column, units) for column in gaps.T], "per_doubling": interval(slopes, units)}
+
+
+def by_context(models: dict, texts: list[dict], families: np.ndarray, recall: Recall, topk: int, at: list[int]) -> dict:
+    """The gap to the dense model, by length: of the same last tokens of each text, and of values to find."""
+    makers = list(recall.tests.values())
+    tests = {
+        "text": (text_losses, [(row["input_ids"],) for row in texts], families),
+        "values": (value_losses, [(makers, i) for i in range(VALUE_ROWS * len(makers))], None),
+    }
     found = {}
-    for name, signs in CONTRASTS.items():
-        values = sum(sign * predictions.nll(arm)[:n][which].astype(np.float64) for arm, sign in signs.items())
-        found[name] = interval(values, rows)
-        if len(np.unique(families[rows])) > 1:
-            found[name]["by_family"] = interval(values, families[rows])
+    for test, (loss, rows, units) in tests.items():
+        units = np.arange(len(rows)) if units is None else units
+        table = {name: np.zeros((len(rows), len(at))) for name in ways(models, topk, 1)}
+        for j, length in enumerate(tqdm(at, desc=f"lengths, {test}")):
+            for name, (model, changes) in ways(models, topk, length / at[-1]).items():
+                with changed(model.config, **changes):
+                    table[name][:, j] = [loss(model, *row, length) for row in rows]
+        gaps = {name: table[name] - table["dense"] for name in table if name != "dense"}
+        found[test] = {name: growth(gap, at, units) for name, gap in gaps.items()}
+        found[test] |= {"rows": len(rows), "units": len(np.unique(units)), "dense": table["dense"].mean(0)}
     return found
 
 
-def by_layer(model: DSAForCausalLM, rows: list[dict], stored: np.ndarray) -> tuple[dict, dict]:
-    """Per layer: mass@k, recall@k, and the loss where it alone is sparse; and the sinks' part in it.
+def by_layer(model: DSAForCausalLM, rows: list[dict], stored: np.ndarray) -> dict:
+    """The answer loss where one layer alone is sparse, and where all are, minus that where none is.
 
     Args:
-        rows: longer than k.
+        rows: longer than k, each of another unit.
         stored: the loss of each of their tokens that the stage `evaluate` wrote for the model.
 
     Raises FailuresError where the model does not give them.
     """
-    topk, sinks, count = model.config.index_topk, model.config.index_sinks, model.config.num_hidden_layers
-    which = np.concatenate([np.array(row["labels"][1:]) != IGNORE for row in rows])
-    lengths = [len(row["input_ids"]) - 1 for row in rows]
-    units = np.repeat(np.arange(len(rows)), lengths)
-    dense, every = losses(model, rows, ()), losses(model, rows, range(count))
-    if abs((every - stored)[which].mean()) > SAME:
+    answers = np.concatenate([np.array(row["labels"][1:]) != IGNORE for row in rows])
+    units = np.repeat(np.arange(len(rows)), [len(row["input_ids"]) - 1 for row in rows])[answers]
+    layers = range(model.config.num_hidden_layers)
+    dense, every = losses(model, rows, ()), losses(model, rows, layers)
+    if abs((every - stored)[answers].mean()) > SAME:
         raise FailuresError("the model is not the one whose predictions are in data/evaluate: run dvc repro")
-    alone = [losses(model, rows, (i,)) - dense for i in tqdm(range(count), desc="layers")]
-    selection, statistics = [], []
-    for row in tqdm(rows, desc="selection"):
-        ids = torch.tensor([row["input_ids"]], device=model.device)
-        selection.append(attention_mass(model, ids, topk))
-        observer = QueryStatistics(topk, sinks)
-        observe_dense(model, ids, observer)
-        statistics.append(observer)
-    beyond = [np.arange(1, n + 2) > topk for n in lengths]  # queries that see more than k keys
-
-    def mean(name: str, i: int) -> np.ndarray:
-        """Of a layer, over the queries beyond k of each row, then over the rows."""
-        of_rows = [each.layers[i][name][..., b].mean(-1) for each, b in zip(statistics, beyond, strict=True)]
-        return np.mean(of_rows, axis=0)
-
-    missed = np.concatenate([each.missed()[:-1] for each in statistics])
-    tokens = which & np.concatenate([b[:-1] for b in beyond])
-    layers = {
-        "rows": len(rows),
-        "topk": topk,
-        **{name: np.mean([each[name] for each in selection], axis=0) for name in ("mass", "oracle_mass", "recall")},
-        "cost": [interval(gap[which], units[which]) for gap in alone],
-        "cost_all_tokens": [interval(gap, units) for gap in alone],
-        "every": interval((every - dense)[which], units[which]),
-        "beyond_sum": interval((every - dense - sum(alone))[which], units[which]),
-        "by_missed_mass": quarters((every - dense)[tokens], missed[tokens], units[tokens]),
-    }
-    heads = [mean("sink_mass", i) for i in range(count)]
-    return layers, {
-        "keys": sinks,
-        "mass": [x.mean() for x in heads],
-        "head_mass": [x.max() for x in heads],
-        "uniform": np.mean([(sinks / np.arange(1, n + 2))[b].mean() for n, b in zip(lengths, beyond, strict=True)]),
-        **{name: [mean(name, i) for i in range(count)] for name in ("all", "any", "oracle_all")},
-    }
-
-
-def quarters(gaps: np.ndarray, missed: np.ndarray, units: np.ndarray) -> list[dict]:
-    """The mean gap of the quarter of the tokens with the least missed mass, and so on to that with the most."""
-    group = np.searchsorted(np.quantile(missed, (0.25, 0.5, 0.75)), missed)
-    found = []
-    for i in range(4):
-        some = group == i
-        if len(np.unique(units[some])) > 1:
-            found.append({"missed": missed[some].mean(), "gap": interval(gaps[some], units[some])})
-    return found
-
-
-def distribution(gaps: np.ndarray) -> dict:
-    """How the sum of the gaps [tokens] is spread: what is lost, what is won, and the tokens that differ most."""
-    largest = np.argsort(-np.abs(gaps), kind="stable")[: max(1, round(LARGEST * len(gaps)))]
-    lost, won = gaps.clip(min=0).sum(), gaps.clip(max=0).sum()
+    alone = [losses(model, rows, (i,)) - dense for i in tqdm(layers, desc="layers")]
     return {
-        "tokens": len(gaps),
-        "same": (np.abs(gaps) < SMALL).mean(),
-        "lost": lost,
-        "won": won,
-        "largest": len(largest),
-        "largest_lost": gaps[largest].clip(min=0).sum(),
-        "largest_won": gaps[largest].clip(max=0).sum(),
+        "rows": len(rows),
+        "alone": [interval(gap[answers], units) for gap in alone],
+        "every": interval((every - dense)[answers], units),
     }
 
 
-def gap_by_part(predictions: Predictions, gaps: np.ndarray, lookup: np.ndarray, topk: int) -> dict[str, dict]:
-    """The gap of DSA to dense attention on parts of the answer tokens; parts of fewer than two rows are left out.
+def by_row(model: DSAForCausalLM, tokenizer, predictions: Predictions, rows: list[dict]) -> dict:
+    """Each row's gap, and of the rows where DSA loses most to dense attention the token where it loses most.
 
-    The query of the token at position p sees p keys: up to k none can be missed.
+    Of both arms the loss is the stored one; "every" is that of DSA's weights with every key in sight.
     """
-    lookup = lookup[predictions.rows]
-    parts = {
-        "all": np.ones(len(gaps), bool),
-        "up_to_k": predictions.positions <= topk,
-        "beyond_k": predictions.positions > topk,
-        "lookup": lookup,
-        "other": ~lookup,
-    }
-    found = {}
-    for name, part in parts.items():
-        part = part & predictions.answers
-        if len(np.unique(predictions.rows[part])) > 1:
-            found[name] = interval(gaps[part], predictions.rows[part])
-            found[name]["absolute"] = np.abs(gaps[part]).mean()
-    return found
-
-
-def worst_rows(model, tokenizer, predictions: Predictions, rows: list[dict], texts: list[dict]) -> dict:
-    """Each row's gap, and more of the rows where DSA loses most to dense attention, a token."""
     gaps = (predictions.nll("dsa") - predictions.nll("dense")).astype(np.float64)
     counts = np.bincount(predictions.rows, predictions.answers, minlength=len(rows)).astype(int)
     sums = np.bincount(predictions.rows, gaps * predictions.answers, minlength=len(rows))
     means = np.divide(sums, counts, out=np.full(len(rows), -np.inf), where=counts > 0)
     shown = []
-    for number in np.argsort(-means, kind="stable")[: min(ROWS, (counts > 0).sum())].tolist():
-        about = {"row": number, "source": str(texts[number].get("data_source")), "lookup": is_lookup(texts[number])}
-        about |= {"gap": means[number], "sum": sums[number], "answer_tokens": counts[number]}
-        shown.append(about | worst_tokens(model, tokenizer, predictions, number, rows[number]))
-    return {"gaps": means[counts > 0], "answer_tokens": counts[counts > 0], "shown": shown}
-
-
-def worst_tokens(model, tokenizer, predictions: Predictions, number: int, row: dict) -> dict:
-    """The answer tokens of a row where DSA loses most, with the keys that attention wanted and the indexer missed.
-
-    Of both arms the loss is the stored one; "dsa_as_dense" is that of DSA's weights with every key in sight.
-    """
-    here = predictions.rows == number
-    ids, answers, topk = row["input_ids"], predictions.answers[here], model.config.index_topk
-    nll = {arm: predictions.nll(arm)[here].astype(np.float64) for arm in ("dense", "dsa")}
-    first = {arm: predictions.arrays[f"argmax_{arm}"][here] for arm in nll}
-    gap = nll["dsa"] - nll["dense"]
-    nll["dsa_as_dense"] = losses(model, [row], ())
-    order = np.argsort(-np.where(answers, gap, -np.inf), kind="stable")
-    queries = order[: min(TOKENS, answers.sum())].tolist()  # query t predicts token t + 1
-    missed, statistics = MissedKeys(queries, topk, KEYS), QueryStatistics(topk, model.config.index_sinks)
-    for observer in (missed, statistics):
-        observe_dense(model, torch.tensor([ids], device=model.device), observer)
-
-    def key(t: int, s: int, mass: float) -> dict:
-        return {"position": s, "distance": t - s, "text": tokenizer.decode([ids[s]]), "mass": mass}
-
-    tokens = [
-        {
+    for number in np.argsort(-means, kind="stable")[: min(SHOWN, (counts > 0).sum())].tolist():
+        here, ids = predictions.rows == number, rows[number]["input_ids"]
+        t = int(np.argmax(np.where(predictions.answers[here], gaps[here], -np.inf)))  # query t predicts token t + 1
+        first = {arm: int(predictions.arrays[f"argmax_{arm}"][here][t]) for arm in PAIR}
+        nll = {arm: predictions.nll(arm)[here][t] for arm in PAIR} | {"every": losses(model, [rows[number]], ())[t]}
+        token = {
             "position": t + 1,
             "before": tokenizer.decode(ids[max(0, t + 1 - CONTEXT) : t + 1]),
             "token": tokenizer.decode([ids[t + 1]]),
-            "gap": gap[t],
-            "nll": {arm: values[t] for arm, values in nll.items()},
-            "first": {arm: tokenizer.decode([int(tokens[t])]) for arm, tokens in first.items()},
-            "layers": [{"missed": x[t][0], "keys": [key(t, s, m) for s, m in x[t][1]]} for x in missed.layers],
+            "nll": nll,
+            "first": {arm: tokenizer.decode([i]) for arm, i in first.items()},
         }
-        for t in queries
-    ]
-    return {"length": len(ids), "missed": statistics.missed()[:-1][answers].mean(), "tokens": tokens}
+        about = {"row": number, "family": predictions.families[number], "kind": predictions.kinds[number]}
+        about |= {"length": len(ids), "gap": means[number], "sum": sums[number], "answer_tokens": counts[number]}
+        shown.append(about | {"token": token})
+    return {"gaps": means[counts > 0], "answer_tokens": counts[counts > 0], "total": sums.sum(), "shown": shown}
 
 
-def analyse(model_path: Path, rows_file: Path, count: int) -> dict:
-    """All of the numbers of the page; the losses of single layers on the first `count` held-out rows."""
-    start = time.monotonic()
-    predictions = Predictions(arms.groups_of(*ARMS))
-    model = load_model(model_path, dtype="float32").eval()
+def analyse() -> dict:
+    """All of the numbers of the page."""
+    start, p = time.monotonic(), params.load()
+    models = {arm: load_model(model_of(arm), dtype="float32").eval() for arm in PAIR}
     if torch.cuda.is_available():
-        model.cuda()
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    topk, lengths = model.config.index_topk, predictions.arrays["lengths"]
-    texts = list(read_rows(rows_file))[: len(lengths)]
-    rows = examples(tokenizer, texts, int(lengths.max()) + 1)
-    answers = [np.array(row["labels"][1:]) != IGNORE for row in rows]
-    if [len(x) for x in answers] != lengths.tolist() or (np.concatenate(answers) != predictions.answers).any():
-        raise FailuresError(f"{rows_file} does not hold the rows of data/evaluate: run dvc repro")
-    families = np.unique([str(text.get("data_source")) for text in texts], return_inverse=True)[1]
-    lookup = np.array([is_lookup(text) for text in texts])
-    gaps = (predictions.nll("dsa") - predictions.nll("dense")).astype(np.float64)
-    short = [row for row in rows[:count] if len(row["input_ids"]) <= topk + 1]
-    if short:
-        raise FailuresError(f"{len(short)} of the first {count} rows are no longer than k = {topk}: nothing to select")
-    layers, sinks = by_layer(model, rows[:count], predictions.nll("dsa")[: lengths[:count].sum()])
-    found = {
-        "model": {"path": model_path.as_posix(), "topk": topk, "layers": model.config.num_hidden_layers},
-        "rows": {"all": len(rows), "families": int(families.max()) + 1, "source": rows_file.as_posix()},
-        "decomposition": decomposition(predictions, families),
-        "layers": layers,
-        "sinks": sinks | {"text": tokenizer.decode(rows[0]["input_ids"][: sinks["keys"]])},
-        "parts": gap_by_part(predictions, gaps, lookup, topk),
-        "distribution": distribution(gaps[predictions.answers]),
-        "worst": worst_rows(model, tokenizer, predictions, rows, texts),
-    }
+        models = {arm: model.cuda() for arm, model in models.items()}
+    tokenizer = AutoTokenizer.from_pretrained(model_of("dsa"))
+    predictions, longest = Predictions(PAIR, p.data.split_by), p.data.max_length
+    texts = list(read_rows(HELD_OUT))
+    rows = examples(tokenizer, texts, longest)
+    scored = rows[: len(predictions.arrays["lengths"])]
+    if [len(row["input_ids"]) - 1 for row in scored] != predictions.arrays["lengths"].tolist():
+        raise FailuresError(f"{HELD_OUT} does not hold the rows of data/evaluate: run dvc repro")
+    long = [i for i, row in enumerate(rows) if len(row["input_ids"]) >= 7 * longest // 8][:TEXTS]
+    families = np.unique([str(texts[i].get("data_source")) for i in long], return_inverse=True)[1]
+    ids = [i for row in rows for i in row["input_ids"]]
+    recall = Recall(tokenizer, torch.tensor(ids * (1 + 2 * longest // len(ids))))
+    few = sorted(np.unique(predictions.unit_of, return_index=True)[1])[:LAYER_ROWS]  # each of another family
+    if short := [i for i in few if len(scored[i]["input_ids"]) <= p.topk + 1]:
+        raise FailuresError(f"row {short[0]} of {HELD_OUT} is no longer than k = {p.topk}: nothing to select")
+    stored = np.concatenate([predictions.nll("dsa")[predictions.rows == i] for i in few])
+    at = lengths(longest)
+    with torch.no_grad():
+        found = {
+            "setup": {"topk": p.topk, "lengths": at, "tail": TAIL, "rows": len(scored), "families": predictions.count},
+            "context": by_context(models, [rows[i] for i in long], families, recall, p.topk, at),
+            "layers": by_layer(models["dsa"], [scored[i] for i in few], stored),
+            "worst": by_row(models["dsa"], tokenizer, predictions, scored),
+        }
     run = {"seconds": time.monotonic() - start, "device": device_name(), "commit": git_commit()}
-    run["models"] = model_hashes([model_path.as_posix()])
+    run["models"] = model_hashes([model_of(arm) for arm in PAIR])
     return plain(found | {"run": run})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=Path("models/dsa"), help="the trained DSA model")
-    parser.add_argument("--rows-file", type=Path, default=Path("data/long/test.jsonl.gz"), help="the held-out rows")
-    parser.add_argument("--rows", type=int, default=16, help="rows for what is measured layer by layer")
-    parser.add_argument("--from", dest="source", type=Path, help="this file instead of the model and the predictions")
+    parser.add_argument("--from", dest="source", type=Path, help="this file instead of the models")
     args = parser.parse_args()
-    if args.source:
-        found = json.loads(args.source.read_text(encoding="utf-8"))
-    else:
-        with torch.no_grad():
-            found = analyse(args.model, args.rows_file, args.rows)
+    found = json.loads(args.source.read_text(encoding="utf-8")) if args.source else analyse()
+    if not args.source:
         write(found, OUT)
     write_report(found, OUT.parent)
 

@@ -99,7 +99,7 @@ def collect(profile: str, commit: str = "HEAD") -> dict:
     rows = [row for row in (read_experiment(e, profile) for e in shown(commit)) if row]
     began = output_of(["git", "rev-parse", "--short", commit]).strip()
     common = {}
-    for name in ("tokens", "lookups"):
+    for name in ("tokens", "lookups", "family"):
         found = {tuple(row["rows"].pop(name)) for row in rows}
         if len(found) > 1:
             raise SweepError(f"the experiments were not scored on the same held-out rows: {name} differ")

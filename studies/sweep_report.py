@@ -1,8 +1,7 @@
 """reports/sweep.md and its figures from the sweep's experiments (studies/sweep.py): tables, intervals, sentences.
 
-Two errors are told apart. Over seeds: training again with another seed. Over rows: other held-out rows, the seeds'
-means of each row being the independent units. An interval has both, t for the seeds and normal for the rows, added in
-squares; what a row and a seed do together is counted in both, so it is rather too wide.
+Other seeds would train other models, and other file families ask for other things: a bootstrap draws both anew, and
+each interval holds what the two do together. Of several comparisons in a table p is corrected (Holm).
 """
 
 from collections import Counter
@@ -16,10 +15,11 @@ from scipy import stats
 
 from stages.arms import COLORS
 from stages.figures import plt, save
-from stages.statistics import ratio_with_error
-from studies.common import TAIL, TOLERANCE, render
+from stages.statistics import LEVEL, MARGIN, holm, quantile
+from studies.common import render
 from studies.sweep_points import ABLATIONS, SCARCE_TOPK, Point, plan
 
+DRAWS = 4_000  # of the bootstrap
 CHANGES = {  # what each does: those of dsa/ablations.py, and those that the model had once
     "none": "the paper's indexer",
     "no_relu": "no ReLU: scores are linear in the key",
@@ -38,33 +38,53 @@ CHANGES = {  # what each does: those of dsa/ablations.py, and those that the mod
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds and rows. `error` is the standard error over seeds, over rows where there is one seed."""
+    """A mean over seeds and rows, its 95 % interval, and p that it is 0 and that it is `MARGIN` or more."""
 
     mean: float
-    error: float
-    row_error: float
-    low: float  # of the 95 % interval
+    low: float
     high: float
+    p: float
+    p_large: float
     seeds: int
 
     def __mul__(self, factor: float) -> "Estimate":
-        return Estimate(*(factor * x for x in (self.mean, self.error, self.row_error, self.low, self.high)), self.seeds)
+        return replace(self, **{name: factor * getattr(self, name) for name in ("mean", "low", "high")})
 
 
 def over_seeds(values: np.ndarray) -> float:
-    """Standard error of the mean of [seeds]; NaN of a single one, which tells nothing of others."""
-    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else np.nan
+    """Half of the 95 % interval of the mean of [seeds]; NaN of a single one, which tells nothing of others."""
+    n = len(values)
+    return float(quantile(n - 1) * values.std(ddof=1) / n**0.5) if n > 1 else np.nan
 
 
-def estimate(sums: np.ndarray, counts: np.ndarray) -> Estimate:
-    """From the sums of each seed and row [seeds, rows] and the counts of each row [rows]."""
-    seeds = len(sums)
-    mean, row_error = ratio_with_error(sums.mean(axis=0), counts)
-    half, error = stats.norm.ppf(TAIL) * row_error, row_error
-    if seeds > 1:
-        error = over_seeds(sums.sum(axis=1) / counts.sum())
-        half = float(np.hypot(half, stats.t.ppf(TAIL, seeds - 1) * error))
-    return Estimate(mean, error, row_error, mean - half, mean + half, seeds)
+def estimate(sums: np.ndarray, counts: np.ndarray, families: np.ndarray) -> Estimate:
+    """From the sums of each seed and row [seeds, rows] and the counts and families of each row [rows].
+
+    The standard error is that of a bootstrap that draws seeds and families at once (Owen 2007), of n seeds n - 1, and
+    so of the families, which makes its variance unbiased (Rao and Wu 1988). Student's t has the degrees of freedom of
+    the seeds' part and the families' part together (Satterthwaite): three seeds say little of their own spread.
+    """
+    units = np.unique(families, return_inverse=True)[1]
+    n, by_family = np.bincount(units, counts), np.stack([np.bincount(units, row) for row in sums])
+    n, by_family = n[n > 0], by_family[:, n > 0]
+    seeds, count = by_family.shape
+    mean = float(sums.sum() / counts.sum() / seeds)
+    rng = np.random.default_rng(0)
+
+    def drawn(of: int) -> np.ndarray:
+        return rng.multinomial(of - 1, np.full(of, 1 / of), DRAWS) if of > 1 else np.ones((DRAWS, 1))
+
+    s, f = drawn(seeds), drawn(count)
+    variance = (((s @ by_family) * f).sum(1) / s.sum(1) / (f @ n)).var()
+    of_seeds = (sums.sum(1) / counts.sum()).var(ddof=1) / seeds if seeds > 1 else 0.0
+    of_seeds = min(of_seeds, variance)
+    parts = of_seeds**2 / max(1, seeds - 1) + (variance - of_seeds) ** 2 / max(1, count - 1)
+    if not parts > 0:  # every seed and family has the same
+        return Estimate(mean, mean, mean, float(mean == 0), float(mean >= MARGIN), seeds)
+    error, freedom = variance**0.5, variance**2 / parts
+    half = quantile(freedom) * error
+    p = 2 * stats.t.sf(abs(mean) / error, freedom), stats.t.cdf((mean - MARGIN) / error, freedom)
+    return Estimate(mean, mean - half, mean + half, *map(float, p), seeds)
 
 
 def indexer_cost(n_heads: int, head_dim: int, hidden: int, context: int) -> dict[str, int]:
@@ -80,7 +100,8 @@ class Sweep:
     def __init__(self, sweep: dict):
         self.sweep = sweep
         self.base = Point(**sweep["base"])
-        self.counts = {name: np.array(values, float) for name, values in sweep["rows"].items()}
+        self.counts = {name: np.array(sweep["rows"][name], float) for name in ("tokens", "lookups")}
+        self.families = np.array(sweep["rows"].get("family", range(len(self.counts["tokens"]))))
         self.points: dict[tuple, dict[int, dict]] = {}
         for row in sweep["experiments"]:
             self.points.setdefault(self.key(Point(*(row[k] for k in Point.__dataclass_fields__))), {})[row["seed"]] = (
@@ -109,10 +130,10 @@ class Sweep:
         sums = np.array([ours[s]["rows"][what] for s in seeds], float)
         if theirs is not None:
             sums -= np.array([theirs[s]["rows"][what] for s in seeds], float)
-        return estimate(sums, counts)
+        return estimate(sums, counts, self.families)
 
     def mean(self, name: str, point: Point) -> tuple[float, float]:
-        """A metric's mean over seeds, and its standard error."""
+        """A metric's mean over seeds, and half of its 95 % interval."""
         values = np.array([row["metrics"][name] for row in self.rows(point).values()], float)
         return float(values.mean()), over_seeds(values)
 
@@ -138,7 +159,12 @@ class Sweep:
         topk: the group's; of the group topk, whose knob it is, the reference has the base's.
         """
         reference = replace(self.base, topk=topk or self.base.topk)
-        return [self.line(point, reference) for point in sorted(self.varied(group, topk), key=knob)]
+        lines = [self.line(point, reference) for point in sorted(self.varied(group, topk), key=knob)]
+        for what in ("gap", "change"):
+            compared = [line for line in lines if line[what] is not None]
+            for line, p in zip(compared, holm([line[what].p for line in compared]), strict=True):
+                line[f"{what}_p"] = float(p)
+        return lines
 
     def varied(self, group: str, topk: int | None) -> list[Point]:
         """What ran and differs from the base in nothing but k and what the group varies; the seed is of no meaning."""
@@ -168,33 +194,35 @@ def pareto(table: list[dict], cost: str) -> list[dict]:
     return front
 
 
-def spread(table: list[dict]) -> float:
-    """Standard deviation between the seeds of a table's reference; 0 where it has one seed, which tells nothing."""
-    reference = next((line["gap"] for line in table if line["change"] is None), None)
-    return reference.error * reference.seeds**0.5 if reference and reference.seeds > 1 else 0.0
-
-
 def verdicts(table: list[dict], what: str) -> dict[str, list[dict]]:
-    """The lines by where the interval of `what` lies: within the tolerance (all of it below), worse (above 0, and not
-    below the tolerance), open (the rest). The reference itself is in none."""
+    """The lines by what is shown of the difference `what`, p corrected for all comparisons of the table: within (less
+    than the margin is lost), worse (something is, and it may be that much), open (the rest). The reference is in none.
+    """
     lines: dict[str, list[dict]] = {"within": [], "worse": [], "open": []}
-    for line in table:
-        if (x := line[what]) is not None:
-            lines["within" if x.high < TOLERANCE else "worse" if x.low > 0 else "open"].append(line)
+    compared = [line for line in table if line[what] is not None]
+    small = holm([line[what].p_large for line in compared]) < (1 - LEVEL) / 2
+    for line, within in zip(compared, small, strict=True):
+        worse = line[f"{what}_p"] < 1 - LEVEL and line[what].mean > 0
+        lines["within" if within else "worse" if worse else "open"].append(line)
     return lines
+
+
+def halves(estimates: list[Estimate]) -> list[float]:
+    """Of their intervals, which are symmetric."""
+    return [e.high - e.mean for e in estimates]
 
 
 def draw_topk(table: list[dict], base: Point, path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(14, 4))
     ks = [line["point"].topk for line in table]
     gap = [line["gap"] for line in table]
-    axes[0].errorbar(ks, [e.mean for e in gap], [e.error for e in gap], color=COLORS["dsa"], marker="o")
+    axes[0].errorbar(ks, [e.mean for e in gap], halves(gap), color=COLORS["dsa"], marker="o")
     axes[0].axhline(0, color=COLORS["dense"], linewidth=1)
-    axes[0].axhline(TOLERANCE, color="#999999", linestyle=":")
+    axes[0].axhline(MARGIN, color="#999999", linestyle=":")
     axes[0].set_ylabel("answer loss minus dense (nats a token)")
     if table[0]["share_gap"]:
         share = [line["share_gap"] for line in table]
-        axes[1].errorbar(ks, [e.mean for e in share], [e.error for e in share], color=COLORS["dsa"], marker="o")
+        axes[1].errorbar(ks, [e.mean for e in share], halves(share), color=COLORS["dsa"], marker="o")
     axes[1].axhline(0, color=COLORS["dense"], linewidth=1)
     axes[1].set_ylabel("look-up tokens right, minus dense (points)")
     for name, color, marker, label in (
@@ -204,13 +232,14 @@ def draw_topk(table: list[dict], base: Point, path: Path) -> None:
         values = np.array([line[name] for line in table])
         axes[2].errorbar(ks, values[:, 0], values[:, 1], color=COLORS[color], marker=marker, label=label)
     axes[2].set_ylabel("mass@k, share of attention")
+    axes[2].set_ylim(0, 1)
     axes[2].legend()
     for axis in axes:
         axis.set_xscale("log", base=2)
         axis.set_xticks(ks, [str(k) for k in ks])
         axis.set_xlabel("k, trained for each")
         axis.axvline(base.topk, color="#999999", linestyle=":")
-    figure.suptitle("Quality against k (bars: ± one standard error)")
+    figure.suptitle("Quality against k (bars: 95 % intervals)")
     save(figure, path)
 
 
@@ -224,7 +253,7 @@ def draw_indexer(tables: dict[int, list[dict]], path: Path) -> None:
             axis.errorbar(
                 [line[cost] for line in table],
                 [e.mean for e in gap],
-                [e.error for e in gap],
+                halves(gap),
                 color=COLORS[color],
                 marker="o",
                 linestyle="",
@@ -246,7 +275,7 @@ def draw_indexer(tables: dict[int, list[dict]], path: Path) -> None:
         axis.set_xlabel(f"indexer: {label}")
         axis.legend()
     axes[0].set_ylabel("answer loss minus dense (nats a token)")
-    figure.suptitle("Quality against the indexer's cost, heads × size (bars: ± standard error; dashed: Pareto front)")
+    figure.suptitle("Quality against the indexer's cost, heads × size (bars: 95 % intervals; dashed: Pareto front)")
     save(figure, path)
 
 
@@ -257,19 +286,20 @@ def draw_warmup(tables: dict[int, list[dict]], path: Path) -> None:
         steps = [line["point"].warmup_steps for line in table]
         gap = [line["gap"] for line in table]
         style = {"color": COLORS[color], "marker": "o", "label": f"k = {topk}"}
-        axes[0].errorbar(steps, [e.mean for e in gap], [e.error for e in gap], **style)
-        lowest = min(lowest, *(e.mean - e.error for e in gap))
+        axes[0].errorbar(steps, [e.mean for e in gap], halves(gap), **style)
+        lowest = min(lowest, *(e.low for e in gap))
         mass = np.array([line["mass"] for line in table])
         axes[1].errorbar(steps, mass[:, 0], mass[:, 1], **style)
     axes[0].axhline(0, color=COLORS["dense"], linewidth=1)
-    axes[0].set_yscale("symlog", linthresh=TOLERANCE)  # of both signs, over orders of magnitude
+    axes[0].set_yscale("symlog", linthresh=MARGIN)  # of both signs, over orders of magnitude
     axes[0].set_ylim(bottom=lowest)
     axes[0].set_ylabel("answer loss minus dense (nats a token)")
     axes[1].set_ylabel("mass@k after sparse training")
+    axes[1].set_ylim(0, 1)
     for axis in axes:
         axis.set_xlabel("steps of dense warm-up")
         axis.legend()
-    figure.suptitle("What the warm-up is worth (bars: ± one standard error)")
+    figure.suptitle("What the warm-up is worth (bars: 95 % intervals)")
     save(figure, path)
 
 
@@ -282,8 +312,8 @@ def draw_ablation(tables: dict[int, list[dict]], path: Path) -> None:
             axis.errorbar(x.mean, y, xerr=[[x.mean - x.low], [x.high - x.mean]], color=COLORS["dsa"], marker="o")
         axis.set_yticks(range(len(lines)), [CHANGES[line["point"].ablation] for line in lines], fontsize=8)
         axis.axvline(0, color=COLORS["dense"], linewidth=1)
-        axis.axvline(TOLERANCE, color="#999999", linestyle=":")
-        axis.set_xscale("symlog", linthresh=TOLERANCE)  # differences of both signs over orders of magnitude
+        axis.axvline(MARGIN, color="#999999", linestyle=":")
+        axis.set_xscale("symlog", linthresh=MARGIN)  # differences of both signs over orders of magnitude
         axis.set_xlabel(f"answer loss minus that of the paper's indexer (nats a token), k = {topk}")
     figure.suptitle("Ablations of the indexer (bars: 95 % intervals; to the left is better)")
     save(figure, path)
@@ -335,8 +365,9 @@ def write_report(sweep: dict, folder: Path) -> None:
         "removed": {row["ablation"]: row["commit"] for row in sweep["experiments"] if row["ablation"] not in ABLATIONS},
         "commits": sorted({row["commit"] for row in sweep["experiments"]}),
         "devices": sorted({row["device"] for row in sweep["experiments"]}),
-        "tolerance": TOLERANCE,
-        "spread": spread,
+        "margin": MARGIN,
+        "units": len(set(s.families)),
+        "unit": ("family", "families") if "family" in sweep["rows"] else ("row", "rows"),
         "missing": s.missing(),
         "planned": len(sweep["experiments"]) + len(s.missing()),
         "command": " ".join(base.command(sweep["profile"])),

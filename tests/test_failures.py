@@ -1,6 +1,7 @@
-"""The analysis of failures on a small random model: routes against each other, observers against loops."""
+"""Where DSA loses, on small random models: routes against each other, and statistics by hand."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,18 +9,16 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from dsa import from_dense, index_scores
+from dsa import from_dense
+from dsa.data.recall import Recall
 from dsa.data.rows import examples
-from dsa.evaluation.predictions import attention_mass, observe_dense
-from dsa.reference import attention_logits
-from stages.arms import groups_of
+from dsa.evaluation.predictions import predict
+from stages import params
 from stages.files import read_rows, write_rows
-from stages.statistics import Predictions
 from studies import failures
 from studies.common import interval
-from studies.failures import decomposition, distribution, quarters
+from studies.failures import by_context, growth, lengths, losses, sparse_in, text_losses, value_losses
 from studies.failures_report import verdict, write_report
-from studies.probes import MissedKeys, QueryStatistics, losses, sparse_in
 from tests.conftest import ROOT, corpus_model
 
 TOPK = 6
@@ -36,13 +35,13 @@ def logits(model, ids):
 
 
 class Recorder:
-    """Observer: what each layer worked with."""
+    """Observer: the keys that each layer selected."""
 
     def __init__(self):
         self.seen = []
 
     def observe(self, layer, index, q, k, visible, indices) -> None:
-        self.seen.append((index, q, k, layer.scaling, indices))
+        self.seen.append(indices)
 
 
 def test_all_layers_sparse_is_plain_sparse_and_none_is_dense(model, ids):
@@ -62,7 +61,7 @@ def test_one_layer_alone_is_sparse(model, ids):
         recorder = Recorder()
         with sparse_in(model, [i]), torch.no_grad():
             outputs.append(model.model(ids, observer=recorder, use_cache=False).last_hidden_state)
-        assert [indices is not None for *_, indices in recorder.seen] == [j == i for j in range(3)]
+        assert [indices is not None for indices in recorder.seen] == [j == i for j in range(3)]
     assert not any(torch.equal(a, b) for a, b in zip(outputs, [*outputs[1:], outputs[0]], strict=True))
 
 
@@ -91,80 +90,66 @@ def test_losses_are_those_of_the_model_row_by_row(model, ids):
     assert got.shape == (39 + 29,) and got[39:].mean() == pytest.approx(wanted, abs=1e-5)
 
 
-def brute_force(seen, t):
-    """Attention of a query, [heads, keys], and the keys that the indexer selects for it, by sorting."""
-    (index_q, index_k, weights), q, k, scaling, _ = seen
-    p = attention_logits(q[:, :, t : t + 1], k[:, :, : t + 1], scaling)[0, :, 0].softmax(-1)
-    scores = index_scores(index_q, index_k, weights)[0, t, : t + 1].tolist()
-    return p, sorted(range(t + 1), key=lambda s: (-scores[s], s))[:TOPK]
+@pytest.mark.parametrize(
+    ("longest", "expected"), [(4096, [1024, 2048, 4096]), (3000, [1024, 2048, 3000]), (512, [512]), (1024, [1024])]
+)
+def test_lengths_end_at_the_longest_that_was_trained(longest, expected):
+    assert lengths(longest) == expected
 
 
-def test_missed_keys_by_brute_force(model, ids):
-    queries = [0, TOPK - 1, TOPK, 17, 39]
-    observer, recorder = MissedKeys(queries, TOPK, 4), Recorder()
-    for each in (observer, recorder):
-        observe_dense(model, ids[:1], each)
-    assert len(observer.layers) == 3
-    for found, seen in zip(observer.layers, recorder.seen, strict=True):
-        for t in queries:
-            p, selected = brute_force(seen, t)
-            mass, keys = found[t]
-            missed = [s for s in range(t + 1) if s not in selected]
-            assert mass == pytest.approx(sum(p.mean(0)[s].item() for s in missed), abs=1e-6)
-            assert {s for s, _ in keys} <= set(missed) and len(keys) == min(4, len(missed))
-            largest = sorted((p.mean(0)[s].item() for s in missed), reverse=True)[:4]
-            assert [x for _, x in keys] == pytest.approx(largest, abs=1e-6)
-    assert observer.layers[0][TOPK - 1] == (0.0, []) and observer.layers[0][TOPK][1]
+def test_the_same_last_tokens_are_scored_whatever_the_context(model, ids, monkeypatch):
+    monkeypatch.setattr(failures, "TAIL", 4)
+    row = ids[0].tolist()
+    whole = predict(model, row).nll
+    assert text_losses(model, row, 40) == pytest.approx(whole[-4:].mean().item())
+    assert text_losses(model, row, 20) == pytest.approx(predict(model, row[20:]).nll[-4:].mean().item())
+    assert text_losses(model, row, 20) != pytest.approx(whole[-4:].mean().item())
 
 
-def test_query_statistics_by_brute_force_and_by_those_of_the_stage(model, ids):
-    observer, recorder = QueryStatistics(TOPK, sinks=2), Recorder()
-    for each in (observer, recorder):
-        observe_dense(model, ids[:1], each)
-    mass = attention_mass(model, ids[:1], TOPK)["mass"]
-    for layer, seen, expected in zip(observer.layers, recorder.seen, mass, strict=True):
-        assert layer["sink_mass"].shape == (6, 40) and layer["selected"][TOPK:].mean() == pytest.approx(expected)
-        for t in (0, 5, 20, 39):
-            p, selected = brute_force(seen, t)
-            best = p.mean(0).argsort(descending=True)[:TOPK].tolist()
-            assert layer["sink_mass"][:, t] == pytest.approx(p[:, :2].sum(-1).numpy(), abs=1e-6)
-            assert layer["selected"][t] == pytest.approx(p.mean(0)[selected].sum().item(), abs=1e-5)
-            assert layer["all"][t] == ({0, 1} <= set(selected)) and layer["any"][t] == bool({0, 1} & set(selected))
-            assert layer["oracle_all"][t] == ({0, 1} <= set(best))
-    assert observer.missed() == pytest.approx(1 - np.mean([x["selected"] for x in observer.layers], axis=0))
+def test_values_are_scored_at_the_positions_that_predict_them():
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/base")
+    model = from_dense(corpus_model(), topk=16, n_heads=2, head_dim=8).eval()
+    recall = Recall(tokenizer, torch.arange(1, 2000) % 300)
+    makers = list(recall.tests.values())
+    row = makers[1](0, 400)  # seed 1: the second test's first row
+    log_p = logits(model, torch.tensor([row.ids]))[0].log_softmax(-1)
+    wanted = np.mean([[-log_p[i - 1, row.ids[i]].item() for i in range(*span)] for span in row.spans])
+    assert value_losses(model, makers, 1, 400) == pytest.approx(wanted, abs=1e-4)
 
 
-def save_predictions(folder: Path, lengths, answers, nll: dict[str, np.ndarray], **more) -> None:
-    (folder / "data/evaluate").mkdir(parents=True)
-    groups = {"dense": ("dense",), "warmup": ("base", "oracle", "warmup"), "dsa": ("dsa_oracle", "dsa")}
-    for group, arms in groups.items():
-        arrays = {f"nll_{arm}": nll[arm] for arm in arms} | more
-        np.savez(folder / f"data/evaluate/{group}.npz", lengths=lengths, answers=answers, **arrays)
+def test_growth_by_hand():
+    gaps = np.array([[0.0, 0.1, 0.2], [0.1, 0.1, 0.1]])  # a slope of 0.1 each doubling, and of none
+    found = growth(gaps, [1024, 2048, 4096], np.arange(2))
+    assert [e["mean"] for e in found["at"]] == pytest.approx([0.05, 0.1, 0.15])
+    assert found["per_doubling"]["mean"] == pytest.approx(0.05)
+    assert found["per_doubling"]["high"] == pytest.approx(0.05 + 12.706 * 0.05, abs=1e-3)
 
 
-def test_the_parts_add_up_on_the_rows_that_all_arms_have(tmp_path, monkeypatch):
-    rng = np.random.default_rng(0)
-    lengths = np.array([5, 9, 7, 4])
-    answers = rng.random(25) < 0.6
-    answers[[0, 5, 14]] = True
-    nll = {arm: rng.random(25 if arm in ("dense", "dsa") else 21).astype(np.float32) for arm in failures.ARMS}
-    save_predictions(tmp_path, lengths, answers, nll)
-    monkeypatch.chdir(tmp_path)
-    found = decomposition(Predictions(groups_of(*failures.ARMS)), np.array([0, 1, 0, 2]))
-    for group in ("base", "trained", "change"):
-        assert found[f"{group}_budget"]["mean"] + found[f"{group}_indexer"]["mean"] == pytest.approx(
-            found[group]["mean"]
-        )
-    assert found["change"]["mean"] == pytest.approx(found["trained"]["mean"] - found["base"]["mean"])
-    gap = (nll["dsa"] - nll["dense"])[:21][answers[:21]]
-    assert found["trained"]["mean"] == pytest.approx(gap.mean(), abs=1e-6)
-    assert found["trained"]["units"] == 3 and found["trained"]["by_family"]["units"] == 2
+def test_a_model_beside_itself_has_no_gap_but_by_its_keys(monkeypatch):
+    """With k as large as the context "fixed" equals "dense"; "share" has fewer keys where the context is shorter."""
+    monkeypatch.setattr(failures, "TAIL", 16)
+    monkeypatch.setattr(failures, "VALUE_ROWS", 1)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/base")
+    dsa = from_dense(corpus_model(), topk=800, n_heads=2, head_dim=8).eval()
+    dense = from_dense(corpus_model(), topk=800, n_heads=2, head_dim=8, attention_mode="dense").eval()
+    dense.load_state_dict(dsa.state_dict())
+    texts = [{"input_ids": [(7 * i + j) % 500 for j in range(800)]} for i in range(3)]
+    recall = Recall(tokenizer, torch.arange(1, 4000) % 300)
+    found = by_context({"dsa": dsa, "dense": dense}, texts, np.arange(3), recall, 800, [400, 800])
+    for test in ("text", "values"):
+        for way in ("every", "fixed"):
+            assert all(abs(e["mean"]) < 1e-4 for e in found[test][way]["at"])
+        half, whole = found[test]["share"]["at"]
+        assert abs(whole["mean"]) < 1e-4 and abs(half["mean"]) < 1e-4  # 400 of 400 keys
+    found = by_context({"dsa": dsa, "dense": dense}, texts, np.arange(3), recall, 80, [400, 800])
+    half, whole = zip(found["text"]["share"]["at"], found["text"]["fixed"]["at"], strict=True)
+    assert half[0]["mean"] != half[1]["mean"] and whole[0] == whole[1]
 
 
 def test_interval_by_hand():
     # Rows of 1 and 3 tokens: mean 8 / 4 = 2, residuals 4 - 2 = 2 and 4 - 6 = -2, so sqrt(2 / 1 * 8) / 4 = 1.
     e = interval(np.array([4.0, 1.0, 1.0, 2.0]), np.array([0, 1, 1, 1]))
-    assert (e["mean"], e["error"], e["units"], e["tokens"]) == (2, 1, 2, 4)
+    assert (e["mean"], e["units"], e["tokens"]) == (2, 2, 4)
     assert (e["low"], e["high"]) == (pytest.approx(2 - 12.706, abs=1e-3), pytest.approx(2 + 12.706, abs=1e-3))
     with pytest.raises(SystemExit, match="two rows"):
         interval(np.array([1.0, 2.0]), np.array([3, 3]))
@@ -175,18 +160,8 @@ def test_the_fewer_rows_the_wider_an_interval(freedom, quantile):
     """1.96 standard errors of three rows hold the mean in four of five cases, not in nineteen of twenty."""
     rows = np.arange(freedom + 1)
     e = interval(rows.astype(float), rows)
-    assert (e["high"] - e["mean"]) / e["error"] == pytest.approx(quantile, abs=1e-3)
-
-
-def test_distribution_and_quarters_by_hand():
-    gaps = np.zeros(200)
-    gaps[:4] = 3.0, -2.0, 0.5, -0.5
-    d = distribution(gaps)
-    assert (d["same"], d["lost"], d["won"]) == (0.98, 3.5, -2.5)
-    assert (d["largest"], d["largest_lost"], d["largest_won"]) == (2, 3.0, -2.0)
-    found = quarters(np.arange(8.0), np.array([0.7, 0.0, 0.6, 0.1, 0.5, 0.2, 0.4, 0.3]), np.arange(8))
-    assert [x["gap"]["mean"] for x in found] == [2.0, 6.0, 5.0, 1.0]
-    assert [x["missed"] for x in found] == pytest.approx([0.05, 0.25, 0.45, 0.65])
+    error = rows.std(ddof=1) / len(rows) ** 0.5
+    assert (e["high"] - e["mean"]) / error == pytest.approx(quantile, abs=1e-3)
 
 
 def test_verdicts():
@@ -201,59 +176,63 @@ def test_verdicts():
 
 @pytest.fixture
 def finished_run(tmp_path, monkeypatch):
-    """A folder with a small random model, rows and predictions: the model's own as DSA, with noise as other arms."""
+    """A folder with small random models, params, rows and predictions: DSA's own, and with noise those of dense."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/base")
     model = from_dense(corpus_model(), topk=16, n_heads=2, head_dim=8).eval()
-    for x in (model, tokenizer):
-        x.save_pretrained(tmp_path / "models/dsa")
+    shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
     monkeypatch.chdir(tmp_path)
-    texts = [
-        {
-            "instruction": "What | is\n" + "def `f`(x):\n" * (12 + i),
-            "output": "a `b` | c\n" * 6,
-            "data_source": f"s{i % 2}",
-        }
-        for i in range(6)
-    ]
-    file = Path("data/long/test.jsonl.gz")
-    write_rows(file, texts)
-    rows = examples(tokenizer, read_rows(file), 512)
+    content = params.read(ROOT / "params.yaml") | {"topk": 16}
+    Path("params.yaml").write_text(params.dump(content), encoding="utf-8")
+    profile = params.read(Path("profiles/cpu.yaml"))
+    profile["data"] |= {"min_tokens": 64, "max_length": 512}
+    Path("profiles/cpu.yaml").write_text(params.dump(profile), encoding="utf-8")
+    for arm in ("dsa", "dense"):
+        model.config.attention_mode = {"dsa": "sparse", "dense": "dense"}[arm]
+        for x in (model, tokenizer):
+            x.save_pretrained(tmp_path / "models" / arm)
+    model.config.attention_mode = "sparse"
+    question = "What | is\n" + "def `f`(x):\n" * 56
+    texts = [{"instruction": question, "output": f"a `b` {i} | c\n" * 12, "data_source": f"s{i % 3}"} for i in range(6)]
+    for text in texts:
+        text["type_keyword"] = ["continue"]
+    Path("data/long").mkdir(parents=True)
+    Path("data/evaluate").mkdir()
+    write_rows(Path("data/long/test.jsonl.gz"), texts)
+    rows = examples(tokenizer, read_rows(Path("data/long/test.jsonl.gz")), 512)
     nll = losses(model, rows, range(2))
-    lengths = [len(row["input_ids"]) - 1 for row in rows]
+    lengths = np.array([len(row["input_ids"]) - 1 for row in rows])
     answers = np.concatenate([np.array(row["labels"][1:]) >= 0 for row in rows])
-    rng = np.random.default_rng(0)
-    all_arms = {arm: (nll + 0.1 * rng.standard_normal(len(nll))).astype(np.float32) for arm in failures.ARMS}
-    first = np.zeros(len(nll), int)
-    more = {"argmax_dense": first, "argmax_dsa": first}
-    save_predictions(tmp_path, np.array(lengths), answers, all_arms | {"dsa": nll}, **more)
+    noise = 0.1 * np.random.default_rng(0).standard_normal(len(nll))
+    for arm, values in (("dsa", nll), ("dense", nll + noise)):
+        arrays = {f"nll_{arm}": values.astype(np.float32), f"argmax_{arm}": np.zeros(len(nll), int)}
+        np.savez(f"data/evaluate/{arm}.npz", lengths=lengths, answers=answers, lookup_row=[], **arrays)
+    monkeypatch.setattr(failures, "TAIL", 32)
+    monkeypatch.setattr("sys.argv", ["failures"])
     return tmp_path
 
 
 @pytest.mark.slow
-def test_the_page_of_a_finished_run(finished_run, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["failures", "--rows", "3"])
+def test_the_page_of_a_finished_run(finished_run, monkeypatch):
     failures.main()
     found = json.loads(Path("reports/failures.json").read_text(encoding="utf-8"))
-    assert len(found["worst"]["shown"]) == failures.ROWS and found["layers"]["rows"] == 3
+    assert found["layers"]["rows"] == 3 and found["setup"]["lengths"] == [512]
     means = [row["gap"] for row in found["worst"]["shown"]]
-    assert means == sorted(found["worst"]["gaps"], reverse=True)[: failures.ROWS]
-    for row in found["worst"]["shown"]:
-        gaps = [token["gap"] for token in row["tokens"]]
-        assert len(gaps) == failures.TOKENS and gaps == sorted(gaps, reverse=True)
+    assert means == sorted(found["worst"]["gaps"], reverse=True)[: failures.SHOWN]
     text = Path("reports/failures.md").read_text(encoding="utf-8")
-    assert "{{" not in text and "nan" not in text and text.count("\n### Row") == failures.ROWS
-    assert {p.name for p in Path("reports/failures").iterdir()} == {"decomposition.png", "layers.png", "rows.png"}
+    assert "{{" not in text and "nan" not in text and text.count("| a file to continue |") == failures.SHOWN
+    monkeypatch.setattr("sys.argv", ["failures", "--from", "reports/failures.json"])
+    failures.main()
+    assert Path("reports/failures.md").read_text(encoding="utf-8") == text
     write_report(found, Path("again"))
-    assert Path("again/failures.md").read_text(encoding="utf-8") == text
+    assert (Path("again/failures.png")).is_file()
 
 
+@pytest.mark.slow
 def test_another_model_or_other_rows_are_refused(finished_run, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["failures", "--rows", "3"])
-    for name in ("dense", "warmup", "dsa"):
-        file = f"data/evaluate/{name}.npz"
-        with np.load(file) as arrays:
-            content = dict(arrays)
-        np.savez(file, **{k: v + 0.1 if k.startswith("nll") else v for k, v in content.items()})
+    monkeypatch.setattr(failures, "by_context", lambda *args: {})
+    with np.load("data/evaluate/dsa.npz") as arrays:
+        content = dict(arrays)
+    np.savez("data/evaluate/dsa.npz", **content | {"nll_dsa": content["nll_dsa"] + 0.1})
     with pytest.raises(SystemExit, match="the model is not the one"):
         failures.main()
     write_rows(Path("data/long/test.jsonl.gz"), [{"instruction": "x", "output": "y " * 40}] * 6)

@@ -7,7 +7,7 @@ import markdown_it
 import pytest
 
 from stages.markdown import block, code, escape
-from studies import failures_report, long_context_report, sweep_report
+from studies import failures_report, sweep_report
 from tests.conftest import ROOT
 
 HOSTILE = (
@@ -61,9 +61,7 @@ def test_a_name_reads_as_it_is_written(text):
     assert shown.strip() == re.sub(r"\s+", " ", one_line)
 
 
-@pytest.mark.parametrize(
-    "name,module", [("failures", failures_report), ("long_context", long_context_report), ("sweep", sweep_report)]
-)
+@pytest.mark.parametrize("name,module", [("failures", failures_report), ("sweep", sweep_report)])
 def test_no_text_of_data_or_model_changes_a_benchmarks_page(tmp_path, monkeypatch, name, module):
     found = json.loads((ROOT / f"reports/{name}.json").read_text(encoding="utf-8"))
     for function in [n for n in vars(module) if n.startswith("draw")]:

@@ -11,7 +11,7 @@ from stages import summary
 from tests.conftest import ROOT
 from tests.test_pipeline import copy_of_project
 
-ORDER = "loss_dense loss_dsa gap gap_se gap_window lookups pairs_dense pairs mass dpo seconds gb"
+ORDER = "loss_dense loss_dsa gap gap_ci gap_window lookups pairs_dense pairs mass dpo seconds gb"
 ROW = {"loss": 2.31736, "gap": (0.00164, 0.0009)}
 ROW |= {"retrieval_tokens": 0.78743, "exact": {"pairs": 0.98}}
 ARMS = {

@@ -16,10 +16,11 @@ from dsa import ablations, from_dense
 from dsa.data.rows import Collator
 from dsa.training.trainer import DSATrainer, freeze
 from stages import compare, params, training
-from stages.markdown import NBSP
-from studies import sweep
+from stages.files import write_rows
+from stages.statistics import ratio_interval
+from studies import sweep, sweep_report
 from studies.sweep_points import SCARCE_TOPK
-from studies.sweep_report import CHANGES, Sweep, estimate, indexer_cost, pareto, verdicts, write_report
+from studies.sweep_report import CHANGES, Estimate, Sweep, estimate, indexer_cost, pareto, verdicts, write_report
 from tests.conftest import ROOT
 
 BASE = sweep.Point(topk=256, n_heads=4, head_dim=64, warmup_steps=40, seed=0)
@@ -51,24 +52,33 @@ def made(*experiments):
     }
 
 
-def test_mean_errors_and_interval_of_two_seeds_by_hand():
-    # Seeds: (1 + 3) / 40 = 0.1 and (3 + 5) / 40 = 0.2, so 0.15 and |0.2 - 0.1| / 2 = 0.05. Rows: the seeds' means are 2
-    # and 4, the residuals 2 - 1.5 = 0.5 and 4 - 4.5 = -0.5, so sqrt(2 / 1 * 0.5) / 40 = 0.025.
-    e = estimate(np.array([[1.0, 3.0], [3.0, 5.0]]), np.array([10.0, 30.0]))
-    assert (e.mean, e.error, e.row_error, e.seeds) == (
-        pytest.approx(0.15),
-        pytest.approx(0.05),
-        pytest.approx(0.025),
-        2,
-    )
-    half = ((12.706 * 0.05) ** 2 + (1.96 * 0.025) ** 2) ** 0.5
-    assert (e.low, e.high) == (pytest.approx(0.15 - half, abs=1e-4), pytest.approx(0.15 + half, abs=1e-4))
+def test_a_single_seed_has_the_interval_of_its_families():
+    """That of statistics.ratio_interval, which needs no bootstrap; rows of one family are no independent rows."""
+    rng = np.random.default_rng(1)
+    families, counts = np.repeat(np.arange(30), 3), rng.integers(5, 40, 90).astype(float)
+    sums = (counts * (0.1 + rng.normal(0, 0.05, 30)[families]))[None]
+    e = estimate(sums, counts, families)
+    by_family = (np.bincount(families, x) for x in (sums[0], counts))
+    mean, half = ratio_interval(*by_family)
+    assert (e.mean, e.seeds) == (pytest.approx(mean), 1) and e.high - e.mean == pytest.approx(half, rel=0.1)
+    alone = estimate(sums, counts, np.arange(90))
+    assert alone.high - alone.low < 0.8 * (e.high - e.low)
 
 
-def test_a_single_seed_has_the_error_of_the_rows():
-    e = estimate(np.array([[2.0, 4.0]]), np.array([10.0, 30.0]))
-    assert (e.mean, e.error, e.row_error) == (pytest.approx(0.15), pytest.approx(0.025), pytest.approx(0.025))
-    assert e.high == pytest.approx(0.15 + 1.96 * 0.025, abs=1e-4)
+def test_an_interval_holds_the_mean_as_often_as_it_says_where_seeds_and_families_differ(monkeypatch):
+    """Three seeds: twice their standard error would hold it in four of five cases."""
+    monkeypatch.setattr(sweep_report, "DRAWS", 400)
+    rng, counts, held = np.random.default_rng(0), np.full(12, 10.0), 0
+    for _ in range(200):
+        sums = 10 * (rng.normal(0, 0.03, (3, 1)) + rng.normal(0, 0.04, 12) + rng.normal(0, 0.01, (3, 12)))
+        e = estimate(sums, counts, np.arange(12))
+        held += e.low <= 0 <= e.high
+    assert 0.91 < held / 200 <= 1
+
+
+def test_no_spread_at_all_is_no_error():
+    e = estimate(np.ones((2, 3)), np.ones(3), np.arange(3))
+    assert (e.low, e.mean, e.high, e.p, e.p_large) == (1, 1, 1, 0, 1)
 
 
 def test_points_are_paired_by_seed_and_row():
@@ -82,22 +92,24 @@ def test_points_are_paired_by_seed_and_row():
     change = s.paired("gap", small, BASE)
     assert (change.mean, change.seeds) == (pytest.approx(0.1), 3)
     assert change.low == pytest.approx(0.1) and change.high == pytest.approx(0.1)
-    alone = s.paired("gap", BASE)
-    assert alone.error == pytest.approx(0.5 / 3**0.5)  # gaps 0, 0.5 and -0.5
+    assert s.paired("gap", BASE).high > 1  # gaps 0, 0.5 and -0.5
     assert s.paired("gap", BASE, replace(BASE, topk=999)) is None
     assert s.paired("share_gap", BASE).mean == pytest.approx(0.25)
 
 
 def test_verdicts_and_front():
-    def line(size, cost, mean, half):
-        values = estimate(np.array([[mean * 40]]), np.array([40.0]))
-        return {"size": size, "flops": cost, "gap": replace(values, low=mean - half, high=mean + half)}
+    """Of four comparisons, one that is within the margin by itself (d, p = 0.01) is not shown to be."""
 
-    table = [line("a", 1, 0.5, 0.1), line("b", 2, 0.02, 0.05), line("c", 2, 0.0, 0.001), line("d", 4, 0.004, 0.005)]
+    def line(size, cost, mean, p, p_large):
+        gap = Estimate(mean, mean - 0.1, mean + 0.1, p, p_large, 3)
+        return {"size": size, "flops": cost, "gap": gap, "gap_p": p}
+
+    table = [line("a", 1, 0.5, 0, 1), line("b", 2, 0.02, 0.4, 0.7), line("c", 2, 0.0, 1, 0.001)]
+    table.append(line("d", 4, 0.004, 0.1, 0.01))
     assert {k: [x["size"] for x in v] for k, v in verdicts([*table, {"gap": None}], "gap").items()} == {
-        "within": ["c", "d"],
+        "within": ["c"],
         "worse": ["a"],
-        "open": ["b"],
+        "open": ["b", "d"],
     }
     assert [x["size"] for x in pareto(table, "flops")] == ["a", "c"]
 
@@ -115,15 +127,14 @@ def test_the_page_has_the_numbers_and_says_what_is_missing(tmp_path):
     rows += [experiment(replace(BASE, topk=64, ablation="rope_all"), (2.0, 6.0)) | {"commit": "def"}]
     write_report(made(*rows), tmp_path)
     text = (tmp_path / "sweep.md").read_text(encoding="utf-8")
-    assert f"| 256 | 1/8 | +0.1500{NBSP}±{NBSP}0.0500 |" in text
-    assert f"| 32 | 1/64 | +0.4000{NBSP}±{NBSP}0.0000 | [+0.4000, +0.4000]" in text
+    assert "| 256 | 1/8 | +0.1500 [" in text and "| 32 | 1/64 | +0.4000 [+0.4000, +0.4000] |" in text
     assert "not excluded: k = 32 (+0.4000 [+0.4000, +0.4000]), k = 64 (" in text
-    assert "by the whole interval: none." in text
+    assert "0.025 by Holm): none." in text
     assert "1 × 16" in text and "Fewer than two lengths of warm-up were run" in text
     planned = len({point for group in sweep.plan(BASE).values() for point in group})
     assert f"7 experiments of {planned} planned" in text and f"Missing: {planned - 7} planned points" in text
     assert "14 stages ran and 21 were reused (runs: sparse 7, compare 7)" in text
-    assert "rope_all: the loss is worse than the paper's (+0.1000 [+0.1000, +0.1000])" in text
+    assert "rope_all: the loss is worse than the paper's (+0.1000 [+0.1000, +0.1000], p < 0.001)" in text
     assert "commits abc, def" in text
     assert {p.name for p in (tmp_path / "sweep").iterdir()} == {"topk.png", "indexer.png", "ablation.png"}
 
@@ -144,14 +155,6 @@ def test_a_page_without_experiments(tmp_path):
     text = (tmp_path / "sweep.md").read_text(encoding="utf-8")
     assert text.count("Fewer than two") == 3 and "No ablation was run" in text
     assert not (tmp_path / "sweep").exists()
-
-
-def test_one_seed_within_the_spread_of_seeds_tells_nothing_apart(tmp_path):
-    close, base = replace(BASE, topk=64, ablation="rope_all"), replace(BASE, topk=64)
-    rows = [experiment(replace(base, seed=s), (1.0 + 2 * s, 3.0 + 6 * s)) for s in (0, 1)]  # 0.1 and 0.3: spread 0.14
-    for sums, said in (((2.0, 6.0), "is not told apart, by one seed, from"), ((5.0, 15.0), "is worse than")):
-        write_report(made(*rows, experiment(close, sums)), tmp_path)
-        assert f"rope_all: the loss {said} the paper's" in (tmp_path / "sweep.md").read_text(encoding="utf-8")
 
 
 def test_sweeps_are_joined_where_they_are_the_same_experiment():
@@ -217,7 +220,7 @@ def shown(name, point, **more):
 
 
 def test_experiments_are_read_by_their_state_and_params(monkeypatch):
-    rows = {"tokens": [1], "lookups": [0], "gap": [0.1], "share_gap": [0.0]}
+    rows = {"tokens": [1], "lookups": [0], "family": ["a"], "gap": [0.1], "share_gap": [0.0]}
     files = {sweep.METRICS: {"gap": 0.1, "rows": rows}, sweep.TRAINED: {"run": {"device": "a machine"}}}
     monkeypatch.setattr(sweep, "output_of", lambda command: json.dumps(files[command[-1].removeprefix("abc:")]))
     log = (
@@ -245,7 +248,7 @@ def test_experiments_are_read_by_their_state_and_params(monkeypatch):
 
 def test_other_held_out_rows_are_refused(monkeypatch):
     monkeypatch.chdir(ROOT)
-    rows = [{"rows": {"tokens": [n], "lookups": [0]}} for n in (1, 2)]
+    rows = [{"rows": {"tokens": [n], "lookups": [0], "family": ["a"]}} for n in (1, 2)]
     monkeypatch.setattr(sweep, "shown", lambda commit: rows)
     monkeypatch.setattr(subprocess, "run", lambda command: subprocess.CompletedProcess(command, 0))
     monkeypatch.setattr(sweep, "output_of", lambda command: "abc")
@@ -288,6 +291,8 @@ def test_compare_writes_the_gap_and_its_row_sums(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path("data/evaluate").mkdir(parents=True)
     Path("reports/evaluate").mkdir(parents=True)
+    Path("data/long").mkdir(parents=True)
+    write_rows(Path("data/long/test.jsonl.gz"), [{"data_source": name} for name in "abc"])
     common = {"lengths": [3, 2], "answers": [False, True, True, True, True], "lookup_row": [1]}
     for arm, nll, share in (("dense", [1.0, 1.0, 1.0, 1.0, 1.0], [0.5]), ("dsa", [9.0, 1.1, 1.3, 1.0, 1.0], [0.25])):
         np.savez(f"data/evaluate/{arm}.npz", **common, **{f"nll_{arm}": nll, f"share_{arm}": share})
@@ -297,8 +302,10 @@ def test_compare_writes_the_gap_and_its_row_sums(monkeypatch, tmp_path):
     compare.main()
     written = json.loads(Path("reports/compare.json").read_text(encoding="utf-8"))
     assert written["gap"] == pytest.approx(0.1) and written["gap_beyond_k"] == pytest.approx(0.3)  # position 3 of row 0
-    assert written["gap_se"] == pytest.approx((2 * (0.2**2 + 0.2**2)) ** 0.5 / 4, abs=1e-5)
+    error = (2 * (0.2**2 + 0.2**2)) ** 0.5 / 4
+    assert written["gap_ci"] == pytest.approx(12.706 * error, abs=1e-3)  # two families: t of one degree of freedom
     assert written["share_gap"] == -0.25 and written["mass"] == pytest.approx(0.9)
+    assert written["rows"].pop("family") == ["a", "b"]
     assert written["rows"] == {"tokens": [2, 2], "gap": [0.4, 0], "lookups": [0, 1], "share_gap": [0, -0.25]}
 
 
