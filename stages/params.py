@@ -123,7 +123,7 @@ class Data(Section):
 class Preference(Section):
     source: Rows
     rows: Positive | None = None  # that the source python-packages offers
-    domains: list[str] | None = None
+    domains: Annotated[list[str], Field(min_length=1)] | None = None  # None: all
     pairs: Positive
     max_length: Positive
     max_bad_rows: Natural
@@ -156,7 +156,7 @@ class DPO(Training):
 
 
 class Retrieval(Section):
-    lengths: list[Annotated[int, Field(ge=256)]]  # tokens of a row
+    lengths: list[Annotated[int, Field(ge=256, lt=2**31)]]  # tokens of a row
     rows: Positive  # of 20 questions, of each test and length
 
 

@@ -46,6 +46,7 @@ def test_every_profile_is_valid(root, profile):
         ({"profile": None}, "profile"),
         ({"dense": {"steps": 3}}, "dense.steps"),
         ({"dpo": {"beta": 0.1}}, "dpo.indexer"),
+        ({"dpo": {"beta": float("inf"), "indexer": "kl"}}, "dpo.beta"),
     ],
 )
 def test_bad_params_end_with_one_line_that_names_the_key(root, changes, key):
@@ -72,7 +73,9 @@ def test_a_bad_profile_key_is_named(root):
         ("sparse", "weight_decay", 1e19, r"sparse.weight_decay: "),
         ("pretrain", "hidden_size", 10**9, r"pretrain.hidden_size: "),
         ("evaluate", "topk_sweep", [32, 10**19], r"evaluate.topk_sweep.1: "),
+        ("evaluate", "retrieval", {"lengths": [10**19], "rows": 1}, r"evaluate.retrieval.lengths.0: "),
         ("benchmark", "decode", [10**19], r"benchmark.decode.0: "),
+        ("preference", "domains", [], r"preference.domains"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_refused(root, section, key, value, said):
