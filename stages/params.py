@@ -111,6 +111,9 @@ class Data(Section):
     max_bad_rows: Natural
     test_fraction: Rate
     split_by: Literal["prompt", "data_source"]
+    mean_tokens: Positive | None = (
+        None  # of a row, as far as is known: the stage preflight estimates with it, None: all long
+    )
 
     @field_validator("max_length")
     @classmethod
@@ -129,6 +132,7 @@ class Preference(Section):
     max_bad_rows: Natural
     test_fraction: Rate
     split_by: Literal["prompt", "data_source"]
+    mean_tokens: Positive | None = None  # of a prompt with an answer, as above
 
 
 class Training(Section):
@@ -204,6 +208,7 @@ class Harness(Section):
 
 class Params(Section):
     profile: str
+    rehearsal: bool = False  # too few rows and steps for numbers that mean anything: the report says so
     seed: Natural
     topk: Positive
     indexer: Indexer
@@ -300,8 +305,9 @@ def declared(stage: str, profile: str, root: Path = Path()) -> set[str]:
             keys.add(item)
         else:
             ((file, names),) = item.items()
-            if file == f"profiles/{profile}.yaml":
-                keys.update(names or read(root / file))
+            if file == f"profiles/{profile}.yaml":  # the whole file, with what it might have and has not
+                absent = Params.model_fields.keys() - read(root / "params.yaml")
+                keys.update(names or absent | read(root / file).keys())
     return keys
 
 

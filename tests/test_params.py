@@ -181,6 +181,24 @@ def test_the_sweeps_profile_is_the_defaults_but_for_its_length():
         assert cpu[name] | {"steps": cpu[name]["steps"] // 2} == sweep[name]
 
 
+def test_the_rehearsal_is_the_full_run_but_for_its_length():
+    """What it says of sources, recipes and checks is only worth something if they are the full run's own."""
+    full, short = (params.read(ROOT / f"profiles/qwen2.5-0.5b{name}.yaml") for name in ("", "-rehearsal"))
+    assert short.keys() - full.keys() == {"rehearsal"} and not full.keys() - short.keys()
+    fewer = {
+        "data": {"samples", "max_length", "mean_tokens", "test_fraction"},
+        "preference": {"pairs", "max_length", "test_fraction"},
+        "dpo": {"steps", "batch_size", "held_out", "generations"},
+        "evaluate": set(full["evaluate"]),
+        "benchmark": set(full["benchmark"]),
+        "speed": set(full["speed"]),
+    } | dict.fromkeys(("dense", "warmup", "sparse"), {"steps", "batch_size"})
+    for section, values in full.items():
+        kept = values.keys() - fewer.get(section, set())
+        assert short[section].keys() == values.keys()
+        assert {k: short[section][k] for k in kept} == {k: values[k] for k in kept}
+
+
 def test_a_task_that_dvc_does_not_watch_is_refused(tmp_path):
     """Its YAML was edited, and `dvc repro` said that nothing had changed."""
     (tmp_path / "mine.yaml").write_text("task: mine", encoding="utf-8")
