@@ -79,7 +79,7 @@ def peak_memory() -> int | None:
 
 def limit_memory() -> int | None:
     """Bytes of memory that are free here, and from now on the most that this process can have more: an allocation
-    beyond fails with an error, where else the kernel would end some process. None, and no limit, where not on Linux."""
+    beyond fails with an error, where else the kernel would end some process. None, and no limit, but on Linux."""
     if sys.platform != "linux":
         return None
     known = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo")}
@@ -87,7 +87,9 @@ def limit_memory() -> int | None:
     if limit := [int(line) for line in _lines(group + "max") if line.isdigit()]:
         free = min(free, limit[0] - int(_lines(group + "current")[0]))
     held = next(int(line.split()[1]) * 1024 for line in _lines("/proc/self/status") if line.startswith("VmData:"))
-    resource.setrlimit(resource.RLIMIT_DATA, (held + free, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if soft == resource.RLIM_INFINITY:  # or the user has set it
+        resource.setrlimit(resource.RLIMIT_DATA, (held + free, hard))
     return free
 
 

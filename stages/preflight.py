@@ -39,6 +39,7 @@ from stages.training import split_batch, use_all_cores
 
 PASSED = Path("data/preflight.txt")
 REPORT = Path("reports/preflight.json")
+DRIVER = Path("/proc/driver/nvidia/version")
 OK, NOTE, WRONG = "ok", "note", "wrong"
 TRAINED = 6  # models that the run keeps, float32
 CHECKPOINTS = 3  # two are kept, and the next is written: weights and Adam's two moments
@@ -67,13 +68,12 @@ class Checks(list[Check]):
 
 
 def gpu() -> Check:
-    driver = Path("/proc/driver/nvidia/version")
     if torch.cuda.is_available():
         free, total = (x / 2**30 for x in torch.cuda.mem_get_info())
         says = f"{torch.cuda.device_count()} × {device_name()}, {free:.1f} of {total:.1f} GB free"
         return Check("device", OK, f"{says}, CUDA {torch.version.cuda}")
-    if driver.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-        version = driver.read_text(encoding="utf-8").splitlines()[0]
+    if DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        version = DRIVER.read_text(encoding="utf-8").splitlines()[0]
         says = f"PyTorch {torch.__version__} does not see the GPU of {version}: update the driver or install a PyTorch"
         return Check("device", WRONG, f"{says} for it; CUDA_VISIBLE_DEVICES= (empty) runs on the CPU")
     free = limit_memory()
@@ -114,7 +114,7 @@ def kernel(config: PreTrainedConfig, indexer: Indexer) -> Check:
 
 def processes(p: Params) -> tuple[int, list[Check]]:
     """How many `accelerate launch` will start, by its own rule, and whether they can share each batch."""
-    config = load_config_from_file(None) if Path(default_config_file).is_file() else None
+    config = load_config_from_file(default_config_file) if Path(default_config_file).is_file() else None
     world = max(1, config.num_processes if config else torch.cuda.device_count())
     found = []
     if config and config.distributed_type == DistributedType.FSDP:

@@ -118,7 +118,7 @@ def cost_spread(cost: dict) -> tuple[float, float]:
 
 
 def stages_table(found: dict) -> list[dict]:
-    """Wall time, memory and speed of each stage, from its own metrics, beside what the stage preflight had estimated."""
+    """Wall time, memory and speed of each stage, from its own metrics, beside what the preflight had estimated."""
     rows = [
         {"stage": name, **m["run"]}
         for name, m in (found["data"] | {"benchmark": found["cost"], "speed": found["speed"]}).items()

@@ -192,7 +192,7 @@ def test_the_rehearsal_is_the_full_run_but_for_its_length():
         "evaluate": set(full["evaluate"]),
         "benchmark": set(full["benchmark"]),
         "speed": set(full["speed"]),
-    } | dict.fromkeys(("dense", "warmup", "sparse"), {"steps", "batch_size"})
+    } | {name: {"steps", "batch_size"} for name in ("dense", "warmup", "sparse")}
     for section, values in full.items():
         kept = values.keys() - fewer.get(section, set())
         assert short[section].keys() == values.keys()
