@@ -28,7 +28,7 @@ from stages import arms
 from stages.common import forget_peak, peak_memory
 from stages.cost import DEVICE
 from stages.params import Indexer, Params, Training
-from stages.training import trainer_options
+from stages.training import split_batch, trainer_options
 
 DENSE = {"attention_mode": "dense"}
 KINDS = {  # of training: what the model's config has, and which halves are frozen
@@ -115,15 +115,17 @@ def random_pair(config: PreTrainedConfig, length: int) -> dict[str, list[int]]:
 
 
 def trainer_of(kind: str, model: DSAForCausalLM, section: Training, lengths: list[int], folder: Path) -> Trainer:
-    """A step a length, in this order, without checkpoints."""
-    section = section.model_copy(update={"steps": len(lengths), "batch_size": 1})
+    """A step a length, in this order, of as many rows as a forward pass has, without checkpoints."""
+    micro, _ = split_batch(section.batch_size)
+    section = section.model_copy(update={"steps": len(lengths), "batch_size": micro})
     options = trainer_options(section, folder, 0)
     options |= {"save_strategy": "no", "train_sampling_strategy": "sequential", "disable_tqdm": True}
+    of_rows = [length for length in lengths for _ in range(micro)]
     if not kind.startswith("dpo"):
-        ids = [random_ids(model.config, length) for length in lengths]
+        ids = [random_ids(model.config, length) for length in of_rows]
         rows = [{"input_ids": row, "labels": row} for row in ids]
         return DSATrainer(model, TrainingArguments(**options), train_dataset=rows, data_collator=Collator(0))
-    pairs = Dataset.from_list([random_pair(model.config, length) for length in lengths])
+    pairs = Dataset.from_list([random_pair(model.config, length) for length in of_rows])
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     config = DPOConfig(**options, max_length=max(lengths), precompute_ref_log_probs=True, disable_dropout=True)
     return Tokenized(model, args=config, train_dataset=pairs, processing_class=tokenizer)
@@ -140,7 +142,7 @@ def training(kind: str, make: Callable[..., DSAForCausalLM], section: Training, 
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(clock := Clock())
         trainer.train()
-    first, second, *third = clock.rows
+    first, second, *third = (seconds / trainer.args.per_device_train_batch_size for seconds in clock.rows)
     return Cost({longest: second, mean: third[0] if third else first}, clock.optimizer[-1], peak_memory())
 
 

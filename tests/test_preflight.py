@@ -219,7 +219,8 @@ def test_rows_are_counted_as_evaluate_scores_them(group, monkeypatch):
 
 
 @pytest.mark.slow
-def test_steps_of_every_kind_are_measured_by_the_stages_own_trainers():
+def test_steps_of_every_kind_are_measured_by_the_stages_own_trainers(monkeypatch):
+    monkeypatch.setenv("DSA_MICRO_BATCH", "2")  # rows of a forward pass
     config = Qwen2Config(**corpus_model().config.to_dict())
     p = params.load(root=ROOT, profile="smoke")
     make = partial(steps.model_of, config, Indexer(n_heads=2, head_dim=16), 16)
