@@ -73,6 +73,7 @@ class Project:
         binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         self.environment = os.environ | {"HOME": str(home), "DSA_SCRATCH": str(home / "scratch"), "PATH": binaries}
         self.environment |= {"HF_HUB_OFFLINE": "1", "TMPDIR": str(home)}
+        self.environment.pop("PYTHONDONTWRITEBYTECODE", None)  # a stage would spend most of its time on compiling
         small_project(self.root, dense={"steps": 6}, warmup={"steps": 6}, sparse={"steps": 6}, dpo={"steps": 6})
         (self.root / "dvc.lock").unlink()
         shutil.rmtree(self.root / "reports")
@@ -200,7 +201,7 @@ def read_only(folder: Path) -> Iterator[None]:
         subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
         yield
     finally:
-        subprocess.run(["umount", folder], check=True)
+        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def read_only_cache(project: Project, stage: str) -> Ended:
@@ -302,6 +303,8 @@ def applies(fault: str, stage: str, project: Project) -> bool:
 def trial(project: Project, fault: str, stage: str) -> dict:
     """One fault, and what the next run made of it."""
     shutil.rmtree(project.folder / "home/scratch", ignore_errors=True)
+    if fault != "cut":  # what is in the cache need not be written again
+        shutil.rmtree(project.root / ".dvc/cache/files", ignore_errors=True)
     if fault != "disk":
         project.forget(stage)
     first = FAULTS[fault][1](project, stage)
@@ -373,7 +376,7 @@ def own_disk(folder: Path) -> Iterator[bool]:
     try:
         yield True
     finally:
-        subprocess.run(["umount", folder], check=True)
+        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def main() -> None:
