@@ -68,67 +68,72 @@ class Checks(list[Check]):
 
 
 def gpu() -> Check:
+    driver = DRIVER.read_text(encoding="utf-8").splitlines()[0] if DRIVER.exists() else "driver unknown"
     if torch.cuda.is_available():
         free, total = (x / 2**30 for x in torch.cuda.mem_get_info())
         says = f"{torch.cuda.device_count()} × {device_name()}, {free:.1f} of {total:.1f} GB free"
-        return Check("device", OK, f"{says}, CUDA {torch.version.cuda}")
+        return Check("device", OK, f"{says}, CUDA {torch.version.cuda}, {driver}")
     if DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-        version = DRIVER.read_text(encoding="utf-8").splitlines()[0]
-        says = f"PyTorch {torch.__version__} does not see the GPU of {version}: update the driver or install a PyTorch"
+        says = f"PyTorch {torch.__version__} does not see the GPU of {driver}: update the driver or install a PyTorch"
         return Check("device", WRONG, f"{says} for it; CUDA_VISIBLE_DEVICES= (empty) runs on the CPU")
-    free = limit_memory()
+    free = limit_memory()  # a step that does not fit is then an error, and not the end of the process
     return Check("device", OK, device_name() + (f", {free / 2**30:.1f} GB of memory free" if free else ""))
 
 
 def precision() -> Check:
     if supports_bf16():
         return Check("precision", OK, "training under bfloat16 autocast")
-    state = NOTE if torch.cuda.is_available() else OK
-    return Check(
-        "precision", state, "float32: this device is not fast in bfloat16 (GPUs from compute capability 8.0 are)"
-    )
+    says = "float32: this device is not fast in bfloat16"
+    if torch.cuda.is_available():
+        return Check("precision", NOTE, f"{says}, GPUs from compute capability 8.0 on are")
+    return Check("precision", OK, says)
 
 
-def kernel(config: PreTrainedConfig, indexer: Indexer) -> Check:
-    """Each against its reference, in the types and at the sizes that the run has."""
-    dtypes = [torch.bfloat16, torch.float32] if supports_bf16() else [torch.float32]
+def kernels_of(config: PreTrainedConfig, indexer: Indexer, dtype: torch.dtype) -> Iterator[tuple[str | None, Callable]]:
+    """Of each kernel for such tensors at the run's sizes: why it cannot run here, and its comparison."""
     Hq, Hkv = config.num_attention_heads, config.num_key_value_heads
     D, index = getattr(config, "head_dim", None) or config.hidden_size // Hq, (indexer.n_heads, indexer.head_dim)
+    if DEVICE == "cuda":
+        arguments = torch.device(DEVICE), dtype, D
+        yield kernels.obstacle(*arguments), partial(check.verify, *arguments)
+        return
+    sizes = {attend: (Hq, Hkv, D), decode: (Hq // Hkv, D), loss: (Hq, Hkv, D, *index), select: index}
+    for module, shape in (sizes | {warmup: (Hq, Hkv, D, *index)}).items():
+        yield module.obstacle(dtype, *shape), partial(check.verify_cpu, module, dtype, *shape)
+
+
+def agreement(config: PreTrainedConfig, indexer: Indexer) -> Check:
+    """Of the kernels with their references, in the types that the run has."""
     obstacles = set()
     try:
-        for dtype in dtypes:
-            if DEVICE == "cuda":
-                reason = kernels.obstacle(torch.device(DEVICE), dtype, D)
-                obstacles |= {reason} if reason else check.verify(torch.device(DEVICE), dtype, D) or set()
-                continue
-            sizes = {attend: (Hq, Hkv, D), decode: (Hq // Hkv, D), loss: (Hq, Hkv, D, *index)}
-            for module, shape in (sizes | {select: index, warmup: (Hq, Hkv, D, *index)}).items():
-                reason = module.obstacle(dtype, *shape)
-                obstacles |= {reason} if reason else check.verify_cpu(module, dtype, *shape) or set()
+        for dtype in [torch.bfloat16, torch.float32] if supports_bf16() else [torch.float32]:
+            for obstacle, verify in kernels_of(config, indexer, dtype):
+                if obstacle:
+                    obstacles.add(obstacle)
+                else:
+                    verify()
     except RuntimeError as error:
         return Check("kernels", WRONG, str(error))
     if obstacles:
         return Check("kernels", NOTE, f"PyTorch's own operations for some, which is slower: {'; '.join(obstacles)}")
-    return Check("kernels", OK, f"{'Triton' if DEVICE == 'cuda' else 'C'} agrees with the reference at heads of {D}")
+    return Check("kernels", OK, f"{'Triton' if DEVICE == 'cuda' else 'C'}: they agree with the reference")
 
 
-def processes(p: Params) -> tuple[int, list[Check]]:
-    """How many `accelerate launch` will start, by its own rule, and whether they can share each batch."""
+def processes(p: Params) -> tuple[int | None, list[Check]]:
+    """How many `accelerate launch` will start, by its own rule, and whether they can share each batch. None where they
+    also share the model."""
     config = load_config_from_file(default_config_file) if Path(default_config_file).is_file() else None
-    world = max(1, config.num_processes if config else torch.cuda.device_count())
-    found = []
-    if config and config.distributed_type == DistributedType.FSDP:
-        found.append(Check("processes", NOTE, "FSDP: memory and time are measured as if one GPU held the whole model"))
+    world, found = max(1, config.num_processes if config else torch.cuda.device_count()), []
     for name in ("dense", "warmup", "sparse", "dpo"):
         size = getattr(p, name).batch_size
-        micro, _ = split_batch(size)
-        if size % (micro * world):
-            says = (
-                f"{name}.batch_size: {size} rows cannot be split over {world} processes of {micro} rows: a multiple of"
-            )
+        together = split_batch(size)[0] * world
+        if size % together:
+            says = f"{name}.batch_size: {size} rows cannot be split over {world} processes: make it a multiple of"
             found.append(
-                Check("processes", WRONG, f"{says} {micro * world}, or other num_processes in accelerate's config")
+                Check("processes", WRONG, f"{says} {together}, or change num_processes in accelerate's config")
             )
+    if config and config.distributed_type == DistributedType.FSDP:
+        return None, [*found, Check("processes", NOTE, f"{world}, FSDP: memory and time are not estimated")]
     return world, found or [Check("processes", OK, f"{world} for each training stage")]
 
 
@@ -183,23 +188,32 @@ def at(revision: str | None) -> str:
 
 def disk(p: Params, parameters: int, model: int) -> Iterator[Check]:
     """What is free where the run writes, against what it will: models in the workspace and in DVC's cache, checkpoints,
-    the hub's cache, the heads of the sources."""
+    the hub's cache, the heads of the sources. What an earlier run left in the workspace makes room."""
+    held = sum(path.stat().st_size for path in Path("models").rglob("*") if path.is_file())
     streams = sum(STREAM_ROOM for source in (p.data.source, p.preference.source) if PACKAGES not in source)
-    hub = Path(os.environ.get("HF_HOME") or home() / ".cache/huggingface")
-    scratch = Path(os.environ.get("DSA_SCRATCH") or home() / ".cache/dsa/scratch")
     remote = any("://" in uri for uri in p.model.source)
-    wanted = {Path(): 2 * (TRAINED * 4 * parameters + model + streams), scratch: CHECKPOINTS * 12 * parameters}
-    wanted[hub] = model if remote else 0
-    filesystems: dict[int, list[tuple[Path, int]]] = defaultdict(list)
-    for folder, need in wanted.items():
+    scratch = os.environ.get("DSA_SCRATCH") or home() / ".cache/dsa/scratch"
+    hub = os.environ.get("HF_HOME") or home() / ".cache/huggingface"
+    places = [
+        ("the project", Path(), max(0, 2 * (TRAINED * 4 * parameters + model + streams) - held)),
+        ("DSA_SCRATCH", Path(scratch), CHECKPOINTS * 12 * parameters),
+        ("HF_HOME", Path(hub), model if remote else 0),
+    ]
+    disks: dict[int, list[tuple[str, int]]] = defaultdict(list)
+    free: dict[int, int] = {}
+    for name, folder, need in (place for place in places if place[2]):
         there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-        filesystems[there.stat().st_dev].append((there, need))
-    for folders in filesystems.values():
-        need, free = sum(need for _, need in folders), shutil.disk_usage(folders[0][0]).free
-        where = ", ".join(str(folder) for folder, need in folders if need)
-        says = f"{need / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free in {where}"
-        remedy = ": free some, move DSA_SCRATCH or HF_HOME, or let the workspace be links (`dvc config cache.type` …)"
-        yield Check("disk", OK, says) if free > need else Check("disk", WRONG, says + remedy)
+        device = there.stat().st_dev
+        disks[device].append((name, need))
+        free[device] = shutil.disk_usage(there).free
+    for device, here in disks.items():
+        need = sum(need for _, need in here)
+        says = f"{need / 1e9:.1f} GB are needed and {free[device] / 1e9:.1f} GB are free"
+        says += f" ({', '.join(name for name, _ in here)})"
+        remedy = (
+            ": free some, set DSA_SCRATCH or HF_HOME elsewhere, or `dvc config cache.type reflink,hardlink,symlink`"
+        )
+        yield Check("disk", OK, says) if free[device] > need else Check("disk", WRONG, says + remedy)
 
 
 def means_of(p: Params) -> tuple[int, int]:
@@ -229,8 +243,8 @@ def measure(p: Params, make: Callable, say: Checks) -> tuple[dict[str, steps.Cos
 def look(p: Params, topk: int, say: Checks) -> dict:
     """Says what there is to say, and returns the estimate of each stage where nothing is wrong."""
     world, of_batches = processes(p)
-    rows = rows_of("rows", p.data.source), rows_of("preferences", p.preference.source)
-    say(gpu(), precision(), *of_batches, *rows)
+    say(gpu(), precision(), *of_batches)
+    say(rows_of("rows", p.data.source), rows_of("preferences", p.preference.source))
     try:
         config, revision, size = sources.first_reachable(p.model.source, published)
     except SourceError as error:
@@ -239,8 +253,8 @@ def look(p: Params, topk: int, say: Checks) -> dict:
     with torch.device("meta"):
         dense = family(config.model_type)(config_of(config, index_n_heads=0, attention_mode="dense"))
     says = f"{config.model_type}, {dense.num_parameters():,} parameters, {size / 1e9:.2f} GB"
-    say(Check("model", OK, says + at(revision)), kernel(config, p.indexer), *disk(p, dense.num_parameters(), size))
-    if say.wrong:
+    say(Check("model", OK, says + at(revision)), agreement(config, p.indexer), *disk(p, dense.num_parameters(), size))
+    if say.wrong or world is None:
         return {}
     step, rows = measure(p, partial(steps.model_of, config, p.indexer, topk), say)
     return {} if say.wrong else estimate.stages(p, p.indexer, topk, config, step, rows, means_of(p), world)

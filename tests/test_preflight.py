@@ -57,7 +57,7 @@ def test_it_estimates_every_stage_that_takes_long(root):
     assert found["stages"].keys() == {*steps.KINDS, *groups, "benchmark", "speed"}
     assert found["stages"]["window"]["seconds"] == 64.0  # of 32 steps of 2 rows of a second
     page = (root / "reports/preflight.md").read_text(encoding="utf-8")
-    assert "| dense | 64.0 |" in page and "| device | ok |" in page
+    assert str(root) not in page and "| dense | 64.0 |" in page and "| device | ok |" in page
 
 
 def test_another_timing_starts_nothing_anew(root, monkeypatch):
@@ -100,7 +100,14 @@ def test_a_full_disk_ends_the_run(root, monkeypatch, capsys):
 def test_a_batch_that_the_processes_cannot_share_ends_the_run(root, profile, capsys):
     (root / "accelerate.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 2\n", encoding="utf-8")
     profile(dpo={"batch_size": 7})
-    assert "dpo.batch_size: 7 rows cannot be split over 2 processes of 1 rows: a multiple of 2" in ends(root, capsys)
+    assert "dpo.batch_size: 7 rows cannot be split over 2 processes: make it a multiple of 2" in ends(root, capsys)
+
+
+def test_what_no_process_holds_whole_is_not_measured(root, monkeypatch):
+    (root / "accelerate.yaml").write_text("distributed_type: FSDP\nnum_processes: 2\n", encoding="utf-8")
+    monkeypatch.setattr(steps, "training", lambda *_: pytest.fail("a step was taken"))
+    preflight.main()
+    assert json.loads((root / "reports/preflight.json").read_text(encoding="utf-8"))["stages"] == {}
 
 
 def test_a_step_that_does_not_fit_ends_the_run_with_what_does_and_its_price(root, monkeypatch, capsys):
