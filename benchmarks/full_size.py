@@ -2,10 +2,10 @@
 
     python -m benchmarks.full_size CONFIG.json --lengths 2048 4096
     python -m benchmarks.full_size CONFIG.json --lengths 4096 --checkpointing
-    python -m benchmarks.full_size CONFIG.json --lengths 2048 4096 --repeats 0     # the arithmetic alone
+    python -m benchmarks.full_size CONFIG.json --lengths 2048 4096 --arithmetic    # measures nothing
 
 CONFIG.json is the published config of Qwen2.5-0.5B (models/base/config.json after the full profile's stage `model`).
-One row a step, as the stages do it: autocast to bfloat16, AdamW; the warm-up never with checkpointing. Each step runs
+One row a step, by the stages' own trainers (stages/steps.py); the warm-up never with checkpointing. Each step runs
 in a process of its own, for its peak memory. Writes reports/speed/full_size.json, what was measured on a GPU to
 reports/gpu/full_size.json, after every step; what stands there is kept, if it is of the same model and machine.
 """
@@ -13,19 +13,18 @@ reports/gpu/full_size.json, after every step; what stands there is kept, if it i
 import argparse
 import json
 import multiprocessing
-import time
+from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import median
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config
 
-from dsa import from_dense
 from dsa.machine import supports_bf16
-from dsa.training.trainer import freeze
-from stages.common import device_name, forget_peak, peak_memory
+from stages.common import device_name
 from stages.files import write_json
+from stages.params import Indexer, Training
+from stages.steps import model_of, training
 
 STAGES = ("dense", "warmup", "sparse")
 SIZES = (
@@ -44,42 +43,12 @@ def key(row: dict) -> tuple:
     return row["length"], row["checkpointing"], STAGES.index(row["stage"])
 
 
-def build(config: Path, stage: str, topk: int, checkpointing: bool):
-    model = from_dense(
-        Qwen2ForCausalLM(Qwen2Config.from_pretrained(config)),
-        topk=topk,
-        n_heads=0 if stage == "dense" else 4,
-        head_dim=64,
-        attention_mode="sparse" if stage == "sparse" else "dense",
-    )
-    freeze(model, backbone=stage == "warmup", indexer=False)
-    if checkpointing:
-        model.activation_checkpointing_enable()
-    return model.train()
-
-
-def step_seconds(config: Path, stage: str, length: int, topk: int, repeats: int, checkpointing: bool, pipe) -> None:
+def step_seconds(config: Path, stage: str, length: int, topk: int, checkpointing: bool, pipe) -> None:
     """Runs in its own process; sends what it measured."""
-    torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build(config, stage, topk, checkpointing).to(device)
-    forget_peak()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    ids = torch.randint(0, model.config.vocab_size, (1, length), device=device)
-    inputs = {"logits_to_keep": 1} if stage == "warmup" else {"labels": ids}
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=supports_bf16()):
-            outputs = model(ids, use_cache=False, output_indexer_kl=stage != "dense", **inputs)
-        loss = sum(x.sum() for x in (outputs.loss, getattr(outputs, "indexer_kl", None)) if x is not None)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    pipe.send({"seconds": round(median(times[1:]), 3), "peak_gb": round(peak_memory() / GB, 2)})
+    section = Training(steps=1, batch_size=1, learning_rate=1e-5, gradient_checkpointing=checkpointing)
+    make = partial(model_of, Qwen2Config.from_pretrained(config), Indexer(n_heads=4, head_dim=64), topk)
+    cost = training(stage, make, section, length, length)
+    pipe.send({"seconds": round(cost.rows[length] + cost.once, 3), "peak_gb": round(cost.peak / GB, 2)})
 
 
 def measure(*options) -> dict:
@@ -132,12 +101,12 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096])
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="to measure")
     parser.add_argument("--topk", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=2, help="0: nothing is measured")
+    parser.add_argument("--arithmetic", action="store_true", help="measure nothing")
     parser.add_argument("--longest", type=int, default=1 << 30, help="of the lengths, measure up to this one")
     parser.add_argument("--checkpointing", action="store_true", help="measure with activation checkpointing")
     args = parser.parse_args()
     config = json.loads(args.config.read_text(encoding="utf-8"))
-    gpu = bool(args.repeats) and torch.cuda.is_available()
+    gpu = not args.arithmetic and torch.cuda.is_available()
     path = Path("reports/gpu" if gpu else "reports/speed", "full_size.json")
     result = {"model": {name: config[name] for name in SIZES}}
     machine = {
@@ -147,7 +116,7 @@ def main() -> None:
         "topk": args.topk,
     }
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if args.repeats:
+    if not args.arithmetic:
         result |= machine
     elif "device" in before:  # the arithmetic is of no machine, and leaves what was measured
         result |= {name: before[name] for name in machine}
@@ -165,12 +134,12 @@ def main() -> None:
         row = {"stage": stage, "length": length, "checkpointing": checkpointing}
         measured = {name: value for name, value in rows.get(key(row), {}).items() if name in MEASURED}
         put(row | measured | {"computed_gpu_gb": computed_gb(config, stage, length, checkpointing)})
-    for length, stage in tasks if args.repeats else ():
+    for length, stage in () if args.arithmetic else tasks:
         if length <= args.longest and stage in args.stages:
             checkpointing = args.checkpointing and stage != "warmup"
             row = {"stage": stage, "length": length, "checkpointing": checkpointing}
             computed = rows[key(row)]["computed_gpu_gb"]
-            row |= measure(args.config, stage, length, args.topk, args.repeats, checkpointing)
+            row |= measure(args.config, stage, length, args.topk, checkpointing)
             if "seconds" in row:
                 row["tokens_per_second"] = round(length / row["seconds"])
             put(row | {"computed_gpu_gb": computed})

@@ -77,6 +77,26 @@ def peak_memory() -> int | None:
     return peak_of_process() if sys.platform == "linux" else None
 
 
+def limit_memory() -> int | None:
+    """Bytes of memory that are free here, and from now on the most that this process can have more: an allocation
+    beyond fails with an error, where else the kernel would end some process. None, and no limit, but on Linux."""
+    if sys.platform != "linux":
+        return None
+    known = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo")}
+    free, group = known["MemAvailable"], "/sys/fs/cgroup/memory."
+    if limit := [int(line) for line in _lines(group + "max") if line.isdigit()]:
+        free = min(free, limit[0] - int(_lines(group + "current")[0]))
+    held = next(int(line.split()[1]) * 1024 for line in _lines("/proc/self/status") if line.startswith("VmData:"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if soft == resource.RLIM_INFINITY:  # or the user has set it
+        resource.setrlimit(resource.RLIMIT_DATA, (held + free, hard))
+    return free
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
+
+
 def digest(paths: Iterable[Path]) -> str:
     """A hash of the names and contents of files and directories, without what .dvcignore lists."""
     total = hashlib.blake2b(digest_size=8)

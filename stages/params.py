@@ -111,6 +111,9 @@ class Data(Section):
     max_bad_rows: Natural
     test_fraction: Rate
     split_by: Literal["prompt", "data_source"]
+    mean_tokens: Positive | None = (
+        None  # of a row, as far as is known: the stage preflight estimates with it, None: all long
+    )
 
     @field_validator("max_length")
     @classmethod
@@ -123,12 +126,13 @@ class Data(Section):
 class Preference(Section):
     source: Rows
     rows: Positive | None = None  # that the source python-packages offers
-    domains: list[str] | None = None
+    domains: Annotated[list[str], Field(min_length=1)] | None = None  # None: all
     pairs: Positive
     max_length: Positive
     max_bad_rows: Natural
     test_fraction: Rate
     split_by: Literal["prompt", "data_source"]
+    mean_tokens: Positive | None = None  # of a prompt with an answer, as above
 
 
 class Training(Section):
@@ -156,7 +160,7 @@ class DPO(Training):
 
 
 class Retrieval(Section):
-    lengths: list[Annotated[int, Field(ge=256)]]  # tokens of a row
+    lengths: list[Annotated[int, Field(ge=256, lt=2**31)]]  # tokens of a row
     rows: Positive  # of 20 questions, of each test and length
 
 
@@ -204,6 +208,7 @@ class Harness(Section):
 
 class Params(Section):
     profile: str
+    rehearsal: bool = False  # too few rows and steps for numbers that mean anything: the report says so
     seed: Natural
     topk: Positive
     indexer: Indexer
@@ -300,8 +305,9 @@ def declared(stage: str, profile: str, root: Path = Path()) -> set[str]:
             keys.add(item)
         else:
             ((file, names),) = item.items()
-            if file == f"profiles/{profile}.yaml":
-                keys.update(names or read(root / file))
+            if file == f"profiles/{profile}.yaml":  # the whole file, with what it might have and has not
+                absent = Params.model_fields.keys() - read(root / "params.yaml")
+                keys.update(names or absent | read(root / file).keys())
     return keys
 
 

@@ -40,6 +40,7 @@ def read_stages() -> dict:
         "dpo": {arm: read(f"dpo/{arm}.json") for arm in PAIR},
         "train": {name: read(f"train/{name}.json") for name in ("dense", "warmup", "sparse", "window")},
         "data": {"model": model} | {name: read(f"data/{name}.json") for name in ("download", "filter", "pairs")},
+        "estimates": read("preflight.json")["stages"],
         "cost": read("benchmark/cost.json"),
         "speed": read("benchmark/speed.json"),
         "harness": {arm: read(f"harness/{arm}.json")["tasks"] for arm in PAIR},
@@ -133,7 +134,7 @@ def cost_spread(cost: dict) -> tuple[float, float]:
 
 
 def stages_table(found: dict) -> list[dict]:
-    """Wall time, memory and speed of each stage, from its own metrics."""
+    """Wall time, memory and speed of each stage, from its own metrics, beside what the preflight had estimated."""
     rows = [
         {"stage": name, **m["run"]}
         for name, m in (found["data"] | {"benchmark": found["cost"], "speed": found["speed"]}).items()
@@ -144,7 +145,8 @@ def stages_table(found: dict) -> list[dict]:
         for name, m in trained.items()
     ]
     rows += [{"stage": f"evaluate@{name}", **m["run"]} for name, m in found["evaluations"].items()]
-    return rows
+    nothing = {"seconds": None, "peak_memory_gb": None}
+    return [row | {"estimate": found["estimates"].get(row["stage"], nothing)} for row in rows]
 
 
 def measure(p: params.Params, found: dict, predictions: Predictions) -> dict:

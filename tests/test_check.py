@@ -30,7 +30,7 @@ def change(path, **sections):
     path.write_text(params.dump(content), encoding="utf-8")
 
 
-@pytest.mark.parametrize("profile", ["cpu", "smoke", "sweep", "qwen2.5-0.5b"])
+@pytest.mark.parametrize("profile", ["cpu", "smoke", "sweep", "qwen2.5-0.5b", "qwen2.5-0.5b-rehearsal"])
 def test_the_profiles_pass(root, profile):
     change(root / "params.yaml", profile=profile)
     check.base_model()

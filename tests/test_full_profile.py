@@ -1,4 +1,5 @@
-"""The full profile from end to end: the true tokenizer and config, real rows, hubs on this machine, cut-down steps."""
+"""The full profile from end to end: the true tokenizer and config, real rows, hubs on this machine, the steps of its
+rehearsal."""
 
 import json
 import shutil
@@ -19,7 +20,8 @@ from tests.hub import Hub
 from tests.test_pipeline import copy_of_project, run
 
 DATA = SHARED / "data"
-PROFILE = "qwen2.5-0.5b"
+PUBLISHED = "qwen2.5-0.5b"
+PROFILE = f"{PUBLISHED}-rehearsal"
 BAD = {
     3: (b'{"instruction": "a", "input": "", "output": "b', "malformed JSON"),
     10: (b'{"instruction": "\xff", "output": "b"}', "not UTF-8"),
@@ -32,13 +34,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not DATA.exists(), reason="th
 
 def published_model(folder: Path) -> dict[str, bytes]:
     """A checkpoint in the published layout, with the true tokenizer and vocabulary and small random weights."""
-    published = json.loads((DATA / PROFILE / "config.json").read_text(encoding="utf-8"))
+    published = json.loads((DATA / PUBLISHED / "config.json").read_text(encoding="utf-8"))
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
     config = Qwen2Config(**published | small | {"num_key_value_heads": 2, "max_window_layers": 2})
     Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "vocab.json", "merges.txt"):
-        shutil.copy(DATA / PROFILE / name, folder / name)
+        shutil.copy(DATA / PUBLISHED / name, folder / name)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -81,16 +83,7 @@ def full(tmp_path_factory):
         profile = params.read(path)
         profile["model"]["source"] = ["hf://Qwen/Qwen2.5-0.5B@main", *profile["model"]["source"][1:]]
         profile["model"]["sha256"]["model.safetensors"] = weights
-        profile["data"] |= {"samples": 24, "max_length": 1152, "test_fraction": 0.25, "max_bad_rows": len(BAD)}
-        profile["preference"] |= {"pairs": 60, "max_length": 640, "test_fraction": 0.3}
-        for stage in ("dense", "warmup", "sparse", "dpo"):
-            profile[stage] |= {"steps": 2, "batch_size": 2}
-        profile["dpo"] |= {"held_out": 4, "generations": 1}
-        short = {"rows": 2, "control_rows": 1, "topk_sweep": [64], "statistics_rows": 1, "generations": 1}
-        profile["evaluate"] |= short | {"retrieval": {"lengths": [1024], "rows": 1}}
-        profile["harness"]["tasks"] = []
-        profile["benchmark"] |= {"topk": [256], "decode": [1024], "prefill": [1024], "train": [256], "repeats": 1}
-        profile["speed"] |= {"prefill": [256], "decoding": [256], "training": [256], "generated": 2, "repeats": 1}
+        profile["data"]["max_bad_rows"] = len(BAD)
         path.write_text(params.dump(profile), encoding="utf-8")
         knobs = params.read(clone / "params.yaml")
         (clone / "params.yaml").write_text(params.dump(knobs | {"profile": PROFILE}), encoding="utf-8")
@@ -120,7 +113,7 @@ def test_sources_and_revisions_are_recorded(full):
     assert model["source"].startswith("hf://Qwen") and model["revision"]
     assert download["sft"]["source"].startswith("modelscope://datasets/deepctrl") and download["sft"]["revision"]
     assert download["preference"]["source"].startswith("hf://datasets/m-a-p")
-    assert len(hub.starts("sft_data_zh.jsonl")) > 2  # it was asked again where the connection broke
+    assert len(hub.starts("sft_data_zh.jsonl")) > 3  # by the preflight, and again where the connection broke
 
 
 def test_bad_lines_are_listed_with_their_numbers(full):
@@ -170,6 +163,7 @@ def test_the_report_says_where_everything_came_from(full):
     assert "hf://Qwen/Qwen2.5-0.5B@main @ " + metrics(clone, "data/model.json")["revision"] in report
     assert "modelscope://datasets/deepctrl/deepctrl-sft-data" in report and "hf://datasets/m-a-p/COIG-P" in report
     assert "1 malformed JSON" in report and "biased by its order" in report
+    assert report.splitlines()[2].startswith("**A rehearsal. The numbers on this page mean nothing")
     assert "families" not in report and "look-up" not in report  # those are the corpus of the cpu profile
 
 

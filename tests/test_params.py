@@ -46,6 +46,7 @@ def test_every_profile_is_valid(root, profile):
         ({"profile": None}, "profile"),
         ({"dense": {"steps": 3}}, "dense.steps"),
         ({"dpo": {"beta": 0.1}}, "dpo.indexer"),
+        ({"dpo": {"beta": float("inf"), "indexer": "kl"}}, "dpo.beta"),
     ],
 )
 def test_bad_params_end_with_one_line_that_names_the_key(root, changes, key):
@@ -72,7 +73,9 @@ def test_a_bad_profile_key_is_named(root):
         ("sparse", "weight_decay", 1e19, r"sparse.weight_decay: "),
         ("pretrain", "hidden_size", 10**9, r"pretrain.hidden_size: "),
         ("evaluate", "topk_sweep", [32, 10**19], r"evaluate.topk_sweep.1: "),
+        ("evaluate", "retrieval", {"lengths": [10**19], "rows": 1}, r"evaluate.retrieval.lengths.0: "),
         ("benchmark", "decode", [10**19], r"benchmark.decode.0: "),
+        ("preference", "domains", [], r"preference.domains"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_refused(root, section, key, value, said):
@@ -187,6 +190,24 @@ def test_the_long_profile_is_the_defaults_but_for_its_size():
     for name in ("model", "preference", "dpo", "harness"):
         assert getattr(cpu, name) == getattr(long, name)
     assert long.data.max_length == 4 * cpu.data.max_length == 64 * params.load(root=ROOT).topk
+
+
+def test_the_rehearsal_is_the_full_run_but_for_its_length():
+    """What it says of sources, recipes and checks is only worth something if they are the full run's own."""
+    full, short = (params.read(ROOT / f"profiles/qwen2.5-0.5b{name}.yaml") for name in ("", "-rehearsal"))
+    assert short.keys() - full.keys() == {"rehearsal"} and not full.keys() - short.keys()
+    fewer = {
+        "data": {"samples", "max_length", "mean_tokens", "test_fraction"},
+        "preference": {"pairs", "max_length", "test_fraction"},
+        "dpo": {"steps", "batch_size", "held_out", "generations"},
+        "evaluate": set(full["evaluate"]),
+        "benchmark": set(full["benchmark"]),
+        "speed": set(full["speed"]),
+    } | {name: {"steps", "batch_size"} for name in ("dense", "warmup", "sparse")}
+    for section, values in full.items():
+        kept = values.keys() - fewer.get(section, set())
+        assert short[section].keys() == values.keys()
+        assert {k: short[section][k] for k in kept} == {k: values[k] for k in kept}
 
 
 def test_a_task_that_dvc_does_not_watch_is_refused(tmp_path):

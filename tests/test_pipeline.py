@@ -16,7 +16,7 @@ from stages import params
 from tests.conftest import ROOT
 
 BIN = Path(sys.executable).parent
-KNOB_FREE = {"pretrain", "model", "download", "filter", "pairs", "dense", "warmup", "dpo@dense"}
+KNOB_FREE = {"preflight", "pretrain", "model", "download", "filter", "pairs", "dense", "warmup", "dpo@dense"}
 KNOB_FREE |= {"evaluate@dense", "evaluate@dpo_dense"}
 USES_TOPK = {"sparse", "window", "evaluate@warmup", "evaluate@dsa", "evaluate@window", "evaluate@dpo_dsa"}
 USES_TOPK |= {"benchmark", "compare", "report", "speed"}
@@ -113,8 +113,8 @@ def test_topk_reruns_what_uses_it_and_nothing_else(clone):
 
 def test_the_indexer_leaves_data_and_baseline_alone(clone):
     changed = would_run(clone, ("params.yaml", lambda c: c["indexer"].update(n_heads=8)))
-    assert changed == {"warmup", "benchmark", "report"}
-    reached = downstream(resolved(clone), changed)
+    assert changed == {"preflight", "warmup", "benchmark", "report"}
+    reached = downstream(resolved(clone), changed - {"preflight"})  # what passes is always the same
     assert "sparse" in reached and not reached & {
         "dense",
         "window",
@@ -136,7 +136,7 @@ def test_a_profile_leaf_reruns_the_stage_that_reads_it(clone):
     def steps(content):
         content["sparse"]["steps"] += 1
 
-    assert would_run(clone, ("profiles/cpu.yaml", steps)) == {"sparse", "window", "report"}
+    assert would_run(clone, ("profiles/cpu.yaml", steps)) == {"preflight", "sparse", "window", "report"}
 
 
 def test_the_committed_results_are_those_of_the_committed_params(clone):
