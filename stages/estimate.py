@@ -39,7 +39,7 @@ def evaluated(group: str, p: Params, topk: int, mean: int) -> Counter[tuple[str,
     for changes in arms.budgets([*{topk, *e.topk_sweep}]).values() if "budgets" in measures else ():
         found[choice(changes), mean] += e.control_rows
         for length in sorted(n for n in lengths if n <= p.data.max_length)[-1:]:
-            found[choice(changes), length] += ROWS_A_TEST * e.retrieval.rows
+            found[choice(changes), length] += e.retrieval.rows  # of pairs alone
     if "selection" in measures:
         found["oracle", mean] += e.statistics_rows
     return found
