@@ -57,7 +57,9 @@ def run_of(folder: Path) -> dict:
     own = {kind: row["ratio"] for kind, rows in speed["tables"].items() for row in rows if row["length"] == length}
     rows = {row["arm"]: row for row in report["trained"]}
     times = {arm: {kind: ratio[name] for kind, ratio in own.items()} for arm, name in names.items()}
-    return {"length": length, "topk": topk, "units": report["units"], "rows": rows, "times": times}
+    oracle = {cell["test"]: cell["exact"] for cell in report["retrieval"]["dsa_oracle"] if cell["length"] == length}
+    about = {"length": length, "topk": topk, "units": report["units"]}
+    return about | {"rows": rows, "oracle": oracle, "times": times}
 
 
 PAPER = {  # DeepSeek-V3.2 (arXiv 2512.02556); its sizes are those of its released code

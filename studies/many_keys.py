@@ -40,7 +40,7 @@ from studies.many_keys_report import write_report
 OUT = Path("reports/many_keys.json")
 VOTES, QUESTION = (" True", " False"), "\nmost:"
 ASKED = (1, 4, 8, 16, 32, 64, 128, 256, 512)  # votes that were cast before each question
-SHARE = 0.625  # of the votes are for the one that was cast more often
+SHARE = 0.5625  # of the votes are for the one that was cast more often
 EVERY = 4  # votes, between which a token of text stands
 TRAINED, TRAINED_TEXT = 256, 128  # the most votes of a row to learn from, and the tokens of text before its first
 TEXT = 448  # of a row to measure with: every question sees more than k keys
@@ -64,7 +64,8 @@ class Rows:
 
     def __call__(self, seed: object, most: int, before: int) -> dict:
         """`before` tokens of text, then votes and a question at each of `ASKED` up to `most`, unanswered: the answer is
-        a label alone. Whichever leads, it leads by `SHARE` of the votes so far, and each question draws anew who."""
+        a label alone. Whichever leads, it has `SHARE` of the votes so far, and each question draws anew who. Between
+        two questions the votes of one kind come first and then those of the other: the latest do not tell."""
         rng = random.Random(f"many-keys-{seed}-{most}")
         asked = [m for m in ASKED if m <= most]
         at = rng.randrange(len(self.text) - before - most)
@@ -73,8 +74,7 @@ class Rows:
         for m in asked:
             leader, lead = rng.randrange(2), max(m // 2 + 1, round(SHARE * m))
             total = [lead, m - lead] if leader == 0 else [m - lead, lead]
-            votes = [v for v in (0, 1) for _ in range(total[v] - cast[v])]
-            rng.shuffle(votes)
+            votes = [v for v in rng.sample((0, 1), 2) for _ in range(total[v] - cast[v])]
             for number, vote in enumerate(votes, sum(cast)):
                 ids.append(self.votes[vote])
                 ids += islice(text, int(number % EVERY == 0))

@@ -37,7 +37,7 @@ def test_each_question_has_the_votes_and_the_lead_that_it_says(tokenizer):
         assert len(asked) == len(ASKED)
         for i, m in zip(asked, ASKED, strict=True):
             cast = [ids[:i].count(true), ids[:i].count(false)]
-            assert sum(cast) == m and max(cast) == max(m // 2 + 1, round(0.625 * m))
+            assert sum(cast) == m and max(cast) == max(m // 2 + 1, round(0.5625 * m))
             assert labels[i] == (true if cast[0] > cast[1] else false)
             assert ids[i - len(make.question) : i] == make.question
         leaders.append([labels[i] for i in asked])
