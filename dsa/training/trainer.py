@@ -9,6 +9,7 @@ Both losses are means over the global batch: they do not change with micro-batch
 
 import signal
 import time
+from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +18,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from dsa.evaluation.predictions import attention_mass
 from dsa.modeling import DSAForCausalLM
+from dsa.training import tiles
 
 
 def freeze(model: DSAForCausalLM, *, backbone: bool, indexer: bool) -> None:
@@ -111,7 +113,10 @@ class DSATrainer(WholeBatches, SplitOptimizer, Trainer):
             inputs["num_items_in_batch"] = num_items_in_batch
         else:
             inputs |= {"labels": None, "logits_to_keep": 1}
-        outputs = model(**inputs, output_indexer_kl=self.trains_indexer, use_cache=False)
+        own = self.accelerator.unwrap_model(model)
+        in_tiles = self.trains_backbone and tiles.worth_it(own, inputs["input_ids"].numel())
+        with tiles.tiled(own) if in_tiles else nullcontext():
+            outputs = model(**inputs, output_indexer_kl=self.trains_indexer, use_cache=False)
         loss = outputs.logits.new_zeros(())
         self._note("rows", loss.new_tensor(len(inputs["input_ids"])))
         if self.trains_backbone:

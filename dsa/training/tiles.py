@@ -1,0 +1,52 @@
+"""The language-model loss in tiles of tokens: the logits of a whole row are never there.
+
+A row of 4096 tokens has 2.5 GB of float32 logits with Qwen2.5's vocabulary of 151,936, the largest tensor of a step,
+twice with its gradient. PyTorch's `linear_cross_entropy` goes through the tokens in tiles and computes their logits
+again in backward.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+LOGITS_BYTES = 2**30  # of a batch, in float32: below there is no need
+
+
+def worth_it(model: PreTrainedModel, tokens: int) -> bool:
+    """Whether the logits of so many tokens are large, and nothing but a factor stands between the head and the loss."""
+    config = model.config
+    return 4 * tokens * config.vocab_size > LOGITS_BYTES and not getattr(config, "final_logit_softcapping", None)
+
+
+@contextmanager
+def tiled(model: PreTrainedModel) -> Iterator[None]:
+    """A forward with labels computes its loss in tiles; its `logits` are the head's inputs, [B, T, hidden].
+
+    It happens within the forward, where a sharded head is whole.
+    """
+    head, loss_function = model.lm_head, model.loss_function
+
+    def in_tiles(
+        logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None, ignore_index: int = -100, **kwargs
+    ) -> torch.Tensor:
+        """As transformers' loss of a causal language model, the sum over tokens divided by their number."""
+        targets = F.pad(labels, (0, 1), value=ignore_index)[:, 1:].flatten()
+        kept = targets != ignore_index
+        hidden, weight, targets = logits.flatten(0, 1)[kept], head.weight, targets[kept]
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        # A sum would come in the dtype of the inputs: in bfloat16 it has three digits
+        options = torch.nn.LinearCrossEntropyOptions()
+        losses = F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options)
+        return losses.float().sum() / (len(targets) if num_items_in_batch is None else num_items_in_batch)
+
+    head.forward, model.loss_function = lambda hidden: hidden, in_tiles
+    try:
+        yield
+    finally:
+        del head.forward
+        model.loss_function = loss_function
