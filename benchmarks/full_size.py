@@ -21,6 +21,7 @@ import torch
 from transformers import Qwen2Config
 
 from dsa.machine import supports_bf16
+from dsa.training import tiles
 from stages.common import device_name
 from stages.files import write_json
 from stages.params import Indexer, Training
@@ -72,8 +73,8 @@ def computed_gb(config: dict, stage: str, length: int, checkpointing: bool) -> d
     Of a layer, backward needs the two norms' inputs and normalised inputs in float32 and their outputs, q, k, v,
     attention's output, and of the MLP gate, up, the activation and the product; of an indexer its input in both
     precisions, queries and keys. With checkpointing it needs the layer's input only. The warm-up keeps nothing of the
-    backbone, and is not checkpointed. Autocast keeps a bfloat16 copy of the weights. Logits are in bfloat16, in float32
-    and as their gradient.
+    backbone, and is not checkpointed. Autocast keeps a bfloat16 copy of the weights. A tile's logits are in bfloat16,
+    in float32 and as their gradient (dsa/training/tiles.py).
     """
     hidden, heads, vocabulary = config["hidden_size"], config["num_attention_heads"], config["vocab_size"]
     kv = config["num_key_value_heads"] * hidden // heads
@@ -89,7 +90,7 @@ def computed_gb(config: dict, stage: str, length: int, checkpointing: bool) -> d
         "autocast_copies": 2 * backbone,
         "gradients_and_adam": 12 * trained,
         "activations": layers * length * of_layer,
-        "logits": 0 if stage == "warmup" else length * vocabulary * (2 + 4 + 4),
+        "logits": 0 if stage == "warmup" else min(length, tiles.TILE) * vocabulary * (2 + 4 + 4),
         "slab": 0 if stage == "dense" else 3 * 4 * 2**24,  # dsa.masks.SLAB_ELEMENTS
     }
     return {name: round(value / GB, 2) for name, value in held.items()} | {"total": round(sum(held.values()) / GB, 2)}

@@ -133,6 +133,9 @@ def test_two_processes_take_the_steps_of_one(config, one, tmp_path):
 
 if __name__ == "__main__":
     if sys.argv[2] != "None":
-        tiles.LOGITS_BYTES = 0  # two processes compute the loss in tiles, of a sharded head too; one does not
+        tiles.LOGITS_BYTES, tiles.DEVICES = (
+            0,
+            ("cpu",),
+        )  # two processes compute the loss in tiles, of a sharded head too; one does not
     for stage in STAGES.get(sys.argv[2], STAGES["ddp"]):
         run(stage, Path(sys.argv[1]), sys.argv[2] == "fsdp2")

@@ -22,8 +22,9 @@ def loss_and_gradients(model, labels, bf16, **kwargs):
 
 @pytest.mark.parametrize(("bf16", "near"), [(False, 1e-5), (True, 2e-2)])
 @pytest.mark.parametrize("items", [None, 7])
-def test_loss_and_gradients_are_those_of_all_logits(dense_model, bf16, near, items):
+def test_loss_and_gradients_are_those_of_all_logits(dense_model, monkeypatch, bf16, near, items):
     model = copy.deepcopy(dense_model).train()
+    monkeypatch.setattr(tiles, "TILE", 16)
     labels = torch.randint(97, (3, 50), generator=torch.Generator().manual_seed(1))
     labels[0, :20] = labels[1, 30:] = IGNORE
     loss, gradients = loss_and_gradients(model, labels, bf16, num_items_in_batch=items)
@@ -47,6 +48,7 @@ def test_the_logits_are_never_there(dense_model):
 @pytest.mark.parametrize("mode", ["dense", "sparse"])
 def test_training_in_tiles_is_the_same_training(dense_model, tmp_path, monkeypatch, mode):
     losses = {}
+    monkeypatch.setattr(tiles, "DEVICES", ("cpu",))
     for limit in (tiles.LOGITS_BYTES, 0):
         monkeypatch.setattr(tiles, "LOGITS_BYTES", limit)
         model = from_dense(dense_model, topk=8, n_heads=2, head_dim=8, attention_mode=mode)
@@ -55,8 +57,10 @@ def test_training_in_tiles_is_the_same_training(dense_model, tmp_path, monkeypat
     assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[tiles.LOGITS_BYTES], rel=1e-4)
 
 
-def test_large_logits_alone_are_worth_it(dense_model):
+def test_large_logits_alone_are_worth_it_and_on_a_gpu(dense_model, monkeypatch):
     model = copy.deepcopy(dense_model)
+    assert not tiles.worth_it(model, 10**12)
+    monkeypatch.setattr(tiles, "DEVICES", ("cpu",))
     few = tiles.LOGITS_BYTES // (4 * model.config.vocab_size)
     assert tiles.worth_it(model, few + 1) and not tiles.worth_it(model, few)
     model.config.final_logit_softcapping = 30.0

@@ -2,7 +2,7 @@
 
 A row of 4096 tokens has 2.5 GB of float32 logits with Qwen2.5's vocabulary of 151,936, the largest tensor of a step,
 twice with its gradient. PyTorch's `linear_cross_entropy` goes through the tokens in tiles and computes their logits
-again in backward.
+again in backward. On a CPU that takes three times as long (reports/log.md), and memory is not what is scarce there.
 """
 
 from collections.abc import Iterator
@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 LOGITS_BYTES = 2**30  # of a batch, in float32: below there is no need
+DEVICES = ("cuda",)
+TILE = 512  # tokens: large enough that reading the head's weights is not what takes the time
 
 
 def worth_it(model: PreTrainedModel, tokens: int) -> bool:
     """Whether the logits of so many tokens are large, and nothing but a factor stands between the head and the loss."""
-    config = model.config
-    return 4 * tokens * config.vocab_size > LOGITS_BYTES and not getattr(config, "final_logit_softcapping", None)
+    large = 4 * tokens * model.config.vocab_size > LOGITS_BYTES and model.device.type in DEVICES
+    return large and not getattr(model.config, "final_logit_softcapping", None)
 
 
 @contextmanager
@@ -39,8 +41,8 @@ def tiled(model: PreTrainedModel) -> Iterator[None]:
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
+        options = torch.nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=TILE)
         # A sum would come in the dtype of the inputs: in bfloat16 it has three digits
-        options = torch.nn.LinearCrossEntropyOptions()
         losses = F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options)
         return losses.float().sum() / (len(targets) if num_items_in_batch is None else num_items_in_batch)
 
