@@ -8,6 +8,7 @@ of a text of one's own are in see/.
 
 import argparse
 import base64
+import sys
 import zlib
 from dataclasses import fields
 from pathlib import Path
@@ -126,12 +127,12 @@ def look(model, tokenizer, row: dict, about: str, out: Path) -> None:
         held={name: 1 - layer.missed[asking].item() for name, layer in layers.items()},
         definition=evidence(pieces, labels, asking + 1),
         window=topk,
-        answer=[f"DSA: {follows!r} {p_true[asking]:.0%}", f"window: {other!r}, {follows!r} {p_window[asking]:.2%}"],
+        answer=[f"DSA: {follows!r} {p_true[asking]:.0%}", f"window: {other!r} ({follows!r} {p_window[asking]:.2%})"],
     )
     draw(picture, out / "source.png")
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(*arguments: str) -> None:
     parser = argparse.ArgumentParser(prog="python -m stages.see", description=__doc__.splitlines()[0])
     parser.add_argument("text", nargs="?", type=Path, metavar="TEXTFILE")
     parser.add_argument("--model", default="models/dsa")
@@ -151,4 +152,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

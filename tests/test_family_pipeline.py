@@ -10,8 +10,10 @@ from stages import params
 from tests.conftest import ROOT, copy_of_code, small_model
 from tests.test_families import OWN
 
-STAGES = ("model", "download", "filter", "pairs", "dense", "warmup", "sparse", "window", "dpo dense", "dpo dsa")
-STAGES += ("evaluate dense", "evaluate dsa", "evaluate window")
+SOME = ["model", "download", "filter", "pairs", "dense", "warmup", "sparse", "window", "dpo dense", "dpo dsa"]
+SOME += ["evaluate dense", "evaluate dsa", "evaluate window"]
+ALL = [*SOME, "evaluate warmup", "evaluate dpo_dense", "evaluate dpo_dsa", "compare", "harness dense", "harness dsa"]
+ALL += ["benchmark", "speed", "see", "report"]
 
 
 def small(profile: dict) -> dict:
@@ -42,14 +44,14 @@ def project(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
-def test_the_pipeline_trains_and_evaluates_another_family(project, model_type):
+@pytest.mark.parametrize("model_type,stages", [("llama", ALL), ("qwen3", SOME)])
+def test_the_pipeline_trains_and_evaluates_another_family(project, model_type, stages):
     base = project / "data/local/model"
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/base")
     tokenizer.save_pretrained(base)
     more = {"vocab_size": 4096, "max_position_embeddings": 2048, "initializer_range": 0.05}
     small_model(model_type, **OWN.get(model_type, {}) | more).save_pretrained(base)
-    for stage in STAGES:
+    for stage in stages:
         name, *arguments = stage.split()
         importlib.import_module(f"stages.{name}").main(*arguments)
     for arm in ("dense", "warmup", "dsa", "window", "dpo-dense", "dpo-dsa"):
@@ -59,3 +61,13 @@ def test_the_pipeline_trains_and_evaluates_another_family(project, model_type):
     assert len(curve) == 3 and "kl_layer_2" in curve[0] and "lm_loss" in curve[0]
     measured = json.loads((project / "reports/evaluate/dsa.json").read_text(encoding="utf-8"))
     assert measured["arms"]["dsa"]["loss"] > 0
+    if stages is ALL:
+        report = (project / "reports/report.md").read_text(encoding="utf-8")
+        assert "Profile `smoke`" in report and "{{" not in report
+        assert (project / "reports/see/page.html").stat().st_size > 10_000
+
+
+def test_all_are_those_of_the_pipeline():
+    found = params.read(ROOT / "dvc.yaml")["stages"]
+    names = [f"{name} {item}".strip() for name, stage in found.items() for item in stage.get("foreach", [""])]
+    assert sorted(ALL) == sorted(set(names) - {"pretrain"})

@@ -95,7 +95,7 @@ def unpacked(text: str, dtype) -> np.ndarray:
 
 
 def test_the_page_holds_what_the_model_selected(project):
-    see.main([])
+    see.main()
     page = (project / "reports/see/page.html").read_text(encoding="utf-8")
     data = content(page)
     assert SOURCE in "".join(data["pieces"])  # the longest row with look-ups that fits
@@ -114,12 +114,12 @@ def test_the_page_holds_what_the_model_selected(project):
 
 def test_a_text_of_ones_own_changes_no_output_of_the_pipeline(project):
     (project / "text.py").write_text(f"{SOURCE}# </script><b>\n", encoding="utf-8")
-    see.main(["text.py"])
+    see.main("text.py")
     page = (project / "see/page.html").read_text(encoding="utf-8")
     assert "".join(content(page)["pieces"]).endswith("# </script><b>\n") and "</script><b>" not in page
     assert not (project / "reports").exists()
     with pytest.raises(SystemExit, match=r"^nowhere\.txt: not there$"):
-        see.main(["nowhere.txt"])
+        see.main("nowhere.txt")
 
 
 # Clicks the 30th token, then the third layer, and leaves what the page then says in its title.
@@ -135,7 +135,7 @@ CLICK = """<script>setTimeout(() => {
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no browser here")
 def test_a_click_shows_what_each_layer_selected(project):
-    see.main([])
+    see.main()
     page = project / "reports/see/page.html"
     page.write_text(page.read_text(encoding="utf-8").replace("</body>", CLICK), encoding="utf-8")
     command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={project / 'browser'}"]

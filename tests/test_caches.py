@@ -1,0 +1,55 @@
+"""transformers' other caches and ways to decode: each gives what greedy decoding gives, or is refused in one line."""
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from dsa import from_dense
+from tests.conftest import small_model
+
+GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": -1}
+
+
+@pytest.fixture(params=["sparse", "dense"])
+def model(request, dense_model):
+    return from_dense(dense_model, topk=6, n_heads=4, head_dim=8, attention_mode=request.param)
+
+
+@pytest.fixture
+def mask(ids):
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    return mask
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading is between a GPU and the CPU")
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+def test_an_offloaded_cache_gives_the_same(model, ids, mask, cache):
+    model, ids, mask = model.cuda(), ids.cuda(), mask.cuda()
+    expected = model.generate(ids, attention_mask=mask, **GREEDY)
+    got = model.generate(ids, attention_mask=mask, cache_implementation=cache, **GREEDY)
+    assert torch.equal(got, expected)
+
+
+def test_a_prompt_that_is_read_in_chunks_gives_the_same(model, ids, mask):
+    expected = model.generate(ids, attention_mask=mask, **GREEDY)
+    assert torch.equal(model.generate(ids, attention_mask=mask, prefill_chunk_size=13, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("guesses", ["of another model", "looked up in the prompt"])
+def test_speculative_decoding_gives_the_same(model, ids, guesses):
+    """What is guessed wrongly is cropped from keys, values and index keys."""
+    prompt = torch.cat([ids[1:]] * 2, dim=1)  # in which there is something to look up
+    if guesses == "of another model":
+        options = {"assistant_model": small_model(initializer_range=0.3)}
+    else:
+        options = {"prompt_lookup_num_tokens": 3}
+    assert torch.equal(model.generate(prompt, **options, **GREEDY), model.generate(prompt, **GREEDY))
+
+
+def test_what_transformers_cannot_do_for_index_keys_is_refused_in_one_line(model, ids):
+    """A quantized cache and continuous batching have no place for them: none of both may go on without."""
+    with pytest.raises(ValueError, match=r"^[^\n]*indexed_attention[^\n]*$"):
+        model.generate(ids, cache_implementation="quantized", **GREEDY)
+    with pytest.raises(ValueError, match=r"^[^\n]*indexed_attention[^\n]*$"):
+        model.generate_batch(ids.tolist(), generation_config=GenerationConfig(max_new_tokens=4, do_sample=False))
