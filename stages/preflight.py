@@ -6,7 +6,6 @@ one line each with what to do about it. The stages that fetch depend on data/pre
 another timing starts nothing anew. Nor does another k, for which the estimate stands as it is.
 """
 
-import json
 import os
 import shutil
 from collections import defaultdict
@@ -14,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from accelerate.commands.config import default_config_file, load_config_from_file
@@ -161,12 +161,14 @@ def published(uri: str) -> tuple[PreTrainedConfig, str | None, int]:
 
 
 def config_from(content: bytes, uri: str) -> PreTrainedConfig:
-    try:
-        fields = json.loads(content)
-        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        config_of(config, index_n_heads=0, attention_mode="dense")
-    except (KeyError, ValueError) as error:
-        raise SourceError(f"{uri}: config.json: {error}") from error
+    """As transformers reads it. Raises SourceError for one that has no DSA."""
+    with TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_bytes(content)
+        try:
+            config = AutoConfig.from_pretrained(folder)
+            config_of(config, index_n_heads=0, attention_mode="dense")
+        except (OSError, ValueError) as error:
+            raise SourceError(f"{uri}: config.json: {str(error).replace(folder, uri)}") from error
     return config
 
 

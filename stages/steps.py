@@ -120,15 +120,18 @@ def trainer_of(kind: str, model: DSAForCausalLM, section: Training, lengths: lis
     section = section.model_copy(update={"steps": len(lengths), "batch_size": micro})
     options = trainer_options(section, folder, 0)
     options |= {"save_strategy": "no", "train_sampling_strategy": "sequential", "disable_tqdm": True}
+    if kind.startswith("dpo"):
+        options |= {"max_length": max(lengths), "precompute_ref_log_probs": True, "disable_dropout": True}
+    args = (DPOConfig if kind.startswith("dpo") else TrainingArguments)(**options)
+    args._n_gpu = 1  # without a launcher a Trainer would spread its rows over all that it sees
     of_rows = [length for length in lengths for _ in range(micro)]
-    if not kind.startswith("dpo"):
-        ids = [random_ids(model.config, length) for length in of_rows]
-        rows = [{"input_ids": row, "labels": row} for row in ids]
-        return DSATrainer(model, TrainingArguments(**options), train_dataset=rows, data_collator=Collator(0))
-    pairs = Dataset.from_list([random_pair(model.config, length) for length in of_rows])
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    config = DPOConfig(**options, max_length=max(lengths), precompute_ref_log_probs=True, disable_dropout=True)
-    return Tokenized(model, args=config, train_dataset=pairs, processing_class=tokenizer)
+    if kind.startswith("dpo"):
+        pairs = Dataset.from_list([random_pair(model.config, length) for length in of_rows])
+        tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+        return Tokenized(model, args=args, train_dataset=pairs, processing_class=tokenizer)
+    ids = [random_ids(model.config, length) for length in of_rows]
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    return DSATrainer(model, args, train_dataset=rows, data_collator=Collator(0))
 
 
 def training(kind: str, make: Callable[..., DSAForCausalLM], section: Training, mean: int, longest: int) -> Cost:

@@ -160,6 +160,14 @@ def test_a_model_is_known_by_its_config_before_its_weights_are_fetched(monkeypat
             preflight.published("hf://a/b")
 
 
+@pytest.mark.parametrize("content,said", [('{"model_type": "gpt2"}', "gpt2"), ("{", "JSON"), ("{}", "model_type")])
+def test_a_model_that_has_no_dsa_is_refused_by_its_config(tmp_path, content, said):
+    (tmp_path / "config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(SourceError, match=said) as error:
+        preflight.published(str(tmp_path))
+    assert len(str(error.value).splitlines()) == 1
+
+
 def test_rows_that_are_not_there_are_said(monkeypatch, tmp_path):
     with Hub() as hub:
         hub.set_environment(monkeypatch, tmp_path / "cache")
