@@ -31,7 +31,7 @@ from stages.params import Indexer, Params, Training
 from stages.training import split_batch, trainer_options
 
 DENSE = {"attention_mode": "dense"}
-KINDS = {  # of training: what the model's config has, and which halves are frozen
+KINDS = {  # of training: what the model's config has, and which halves are frozen; in DPO, the indexer as by default
     "dense": (DENSE, {"backbone": False, "indexer": True}),
     "warmup": (DENSE, {"backbone": True, "indexer": False}),
     "sparse": (arms.sparse("indexer"), {"backbone": False, "indexer": False}),
@@ -196,8 +196,8 @@ def if_it_fits(call: Callable[..., Cost], *args) -> Cost | None:
 
 def settings_that_fit(kind: str, make: Callable[..., DSAForCausalLM], p: Params) -> list[str]:
     """Where a step does not: with activation checkpointing, and with rows of half the length, and what each costs."""
-    stage, found = kind.partition("@")[0], []
-    section, where = getattr(p, stage if stage != "window" else "sparse"), "preference" if stage == "dpo" else "data"
+    stage, found = {"window": "sparse"}.get(kind, kind.partition("@")[0]), []
+    section, where = getattr(p, stage), "preference" if stage == "dpo" else "data"
     longest, checkpointed = getattr(p, where).max_length, stage != "warmup" and not section.gradient_checkpointing
     for length in (longest, longest // 2, longest // 4):
         for checkpointing in (False, True) if checkpointed else (section.gradient_checkpointing,):

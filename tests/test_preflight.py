@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -128,6 +130,22 @@ def test_another_error_of_a_step_is_no_lack_of_memory():
 
     with pytest.raises(RuntimeError, match="shapes"):
         steps.if_it_fits(fails)
+
+
+def test_memory_that_is_refused_is_a_step_that_does_not_fit():
+    assert steps.if_it_fits(lambda: torch.empty(2**44)) is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is no limit")
+def test_beyond_the_memory_that_is_free_allocation_fails():
+    """The kernel would end the process, or another one, before anything could be said."""
+    code = "import torch; from stages.common import limit_memory; free = limit_memory(); torch.empty({}).fill_(0)"
+    for size, refused in (("1000", False), ("(free + 2**28) // 4", True)):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(size)], cwd=ROOT, capture_output=True, encoding="utf-8"
+        )
+        assert (done.returncode == 1) == refused and ("can't allocate memory" in done.stderr) == refused
 
 
 def test_a_gpu_and_one_that_pytorch_does_not_see(monkeypatch, tmp_path):
