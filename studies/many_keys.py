@@ -39,15 +39,15 @@ from studies.many_keys_report import write_report
 
 OUT = Path("reports/many_keys.json")
 VOTES, QUESTION = (" True", " False"), "\nmost:"
-ASKED = (1, 4, 8, 16, 32, 64, 128, 256, 512)  # votes that were cast before each question
-SHARE = 0.5625  # of the votes are for the one that was cast more often
+ASKED = (1, 4, 8, 16, 32, 64, 128, 256)  # votes that were cast before each question
+SHARE = 0.59375  # of the votes are for the one that was cast more often
 EVERY = 4  # votes, between which a token of text stands
-TRAINED, TRAINED_TEXT = 256, 128  # the most votes of a row to learn from, and the tokens of text before its first
-TEXT = 448  # of a row to measure with: every question sees more than k keys
-TRAINING = params.Training(steps=120, batch_size=4, learning_rate=5e-4)
+TRAINED_TEXT = 128  # tokens of a row to learn from before its first vote
+TEXT = 448  # of a row to measure with
+TRAINING = params.Training(steps=100, batch_size=4, learning_rate=5e-4)
 INDEXER_RATE = 2e-3
-ROWS = 48  # to measure with, a question of each number of votes in each
-TOPK = (32, 64, 128, 256)
+ROWS = 24  # to measure with, a question of each number of votes in each
+TOPK = (32, 128)
 
 
 class Rows:
@@ -152,7 +152,7 @@ def analyse() -> dict:
 
     make = Rows(tokenizer, text(LONG / "train.jsonl.gz"))
     seen = TRAINING.steps * TRAINING.batch_size
-    learned = train(model, [make(i, TRAINED, TRAINED_TEXT) for i in range(seen)], tokenizer.pad_token_id, p.seed)
+    learned = train(model, [make(i, ASKED[-1], TRAINED_TEXT) for i in range(seen)], tokenizer.pad_token_id, p.seed)
     model.eval()
     make = Rows(tokenizer, text(HELD_OUT))
     rows = [make(f"held-out-{i}", ASKED[-1], TEXT) for i in range(ROWS)]
@@ -162,8 +162,8 @@ def analyse() -> dict:
             answers[name] = right(model, rows)
     found = {name: {str(m): share(a[:, i]) for i, m in enumerate(ASKED)} for name, a in answers.items()}
     setup = {"asked": ASKED, "topk": TOPK, "share": SHARE, "rows": ROWS, "tokens": len(rows[0]["input_ids"])}
-    setup |= {"steps": TRAINING.steps, "batch": TRAINING.batch_size, "trained": TRAINED, **learned}
-    setup |= {"trained_tokens": seen * len(make(0, TRAINED, TRAINED_TEXT)["input_ids"]), "question": QUESTION}
+    setup |= {"steps": TRAINING.steps, "batch": TRAINING.batch_size, **learned}
+    setup |= {"trained_tokens": seen * len(make(0, ASKED[-1], TRAINED_TEXT)["input_ids"]), "question": QUESTION}
     samples = {str(k): {str(m): sampled(m, k) for m in ASKED} for k in TOPK}
     run = {"seconds": time.monotonic() - start, "device": device_name(), "commit": git_commit()}
     run["models"] = model_hashes([model_of("dsa")])

@@ -30,21 +30,21 @@ def test_each_question_has_the_votes_and_the_lead_that_it_says(tokenizer):
     make, leaders = Rows(tokenizer, list(range(300, 4000))), []
     true, false = make.votes
     for seed in range(16):
-        row = make(seed, 512, 64)
+        row = make(seed, 256, 64)
         ids, labels = row["input_ids"], row["labels"]
-        assert len(ids) == len(labels) == len(make(0, 512, 64)["input_ids"])
+        assert len(ids) == len(labels) == len(make(0, 256, 64)["input_ids"])
         asked = [i for i, label in enumerate(labels) if label != IGNORE]
         assert len(asked) == len(ASKED)
         for i, m in zip(asked, ASKED, strict=True):
             cast = [ids[:i].count(true), ids[:i].count(false)]
-            assert sum(cast) == m and max(cast) == max(m // 2 + 1, round(0.5625 * m))
+            assert sum(cast) == m and max(cast) == max(m // 2 + 1, round(0.59375 * m))
             assert labels[i] == (true if cast[0] > cast[1] else false)
             assert ids[i - len(make.question) : i] == make.question
         leaders.append([labels[i] for i in asked])
         assert not {true, false} & set(ids[:64])
     assert all(len(set(column)) == 2 for column in zip(*leaders, strict=True))  # no place has always the same answer
     assert any(a != b for row in leaders for a, b in pairwise(row))
-    assert make(0, 512, 64) == make(0, 512, 64) != make(1, 512, 64)
+    assert make(0, 256, 64) == make(0, 256, 64) != make(1, 256, 64)
 
 
 def test_the_answer_is_read_where_the_question_ends(tokenizer, monkeypatch):
@@ -64,11 +64,11 @@ def test_the_answer_is_read_where_the_question_ends(tokenizer, monkeypatch):
 
 
 def test_a_sample_of_the_votes_by_hand():
-    assert sampled(512, 512) == sampled(8, 64) == 1
+    assert sampled(256, 256) == sampled(8, 64) == 1
     assert sampled(8, 1) == pytest.approx(5 / 8)
     # Two of five and three: both for the leader 10 / 28, one each 15 / 28, which tells in half of the cases.
     assert sampled(8, 2) == pytest.approx((10 + 7.5) / 28)
-    assert sampled(512, 32) < sampled(512, 128) < 1
+    assert sampled(256, 32) < sampled(256, 128) < 1
 
 
 def test_wilsons_interval_knows_that_all_right_is_not_always_right():
@@ -97,7 +97,7 @@ def test_the_page_of_a_small_run(tmp_path, monkeypatch, tokenizer):
     text = "".join(f"line {i} of {i * i}\n" for i in range(400))
     for split in ("train", "test"):
         write_rows(Path(f"data/long/{split}.jsonl.gz"), [{"instruction": "x", "output": text}])
-    for name, value in {"ASKED": (1, 8, 32), "TOPK": (4, 16), "ROWS": 4, "TEXT": 32, "TRAINED": 8}.items():
+    for name, value in {"ASKED": (1, 8, 32), "TOPK": (4, 16), "ROWS": 4, "TEXT": 32}.items():
         monkeypatch.setattr(many_keys, name, value)
     monkeypatch.setattr(many_keys, "TRAINING", params.Training(steps=2, batch_size=2, learning_rate=1e-3))
     monkeypatch.setattr("sys.argv", ["many_keys"])
