@@ -12,7 +12,16 @@ from tests.test_families import OWN
 
 SOME = ["model", "download", "filter", "pairs", "dense", "warmup", "sparse", "window", "dpo dense", "dpo dsa"]
 SOME += ["evaluate dense", "evaluate dsa", "evaluate window"]
-ALL = [*SOME, "evaluate warmup", "evaluate dpo_dense", "evaluate dpo_dsa", "compare", "harness dense", "harness dsa"]
+ALL = [
+    "preflight",
+    *SOME,
+    "evaluate warmup",
+    "evaluate dpo_dense",
+    "evaluate dpo_dsa",
+    "compare",
+    "harness dense",
+    "harness dsa",
+]
 ALL += ["benchmark", "speed", "see", "report"]
 
 
