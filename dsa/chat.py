@@ -1,4 +1,4 @@
-"""Talk to a model: `python -m dsa.chat PATH`. A line is a turn; Ctrl-D, or the end of a pipe, ends the talk.
+"""Talk to a model: `python -m dsa.chat PATH`. A line is a turn; Ctrl-D, Ctrl-C or the end of a pipe ends the talk.
 
 Under each answer stands how fast it came and how many keys a token's attention read of those that were there (the
 indexer scores them all). With `--beside`, dense attention of the same weights answers too; DSA's answer goes on.
@@ -7,6 +7,8 @@ indexer scores them all). With `--beside`, dense attention of the same weights a
 import argparse
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -88,16 +90,27 @@ class Speaker:
         return f"[{', '.join(parts)}]"
 
 
-def turns(context: str):
+def turns(context: str) -> Iterator[str]:
     """What the user says, a line each; the context comes before the first."""
-    while True:
-        try:
+    with suppress(EOFError):
+        while True:
             line = input("\n> " if sys.stdin.isatty() else "")
-        except (EOFError, KeyboardInterrupt):
-            return
-        if line.strip():
-            yield context + line
-            context = ""
+            if line.strip():
+                yield context + line
+                context = ""
+
+
+def talk(speakers: list[Speaker], context: str) -> None:
+    """All answer each turn; the first one's answers are what the talk goes on from."""
+    messages: list[dict] = []
+    for turn in turns(context):
+        messages.append({"role": "user", "content": turn})
+        said = []
+        for speaker in speakers:
+            if len(speakers) > 1:
+                print(f"{speaker.name}:")
+            said.append(speaker.answer(messages))
+        messages.append({"role": "assistant", "content": said[0]})
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -115,15 +128,8 @@ def main(arguments: list[str] | None = None) -> None:
     speakers = [Speaker(model, tokenizer, asked.max_new_tokens)]
     if asked.beside:
         speakers.append(Speaker(model, tokenizer, asked.max_new_tokens, attention_mode="dense"))
-    messages: list[dict] = []
-    for turn in turns(context):
-        messages.append({"role": "user", "content": turn})
-        said = []
-        for speaker in speakers:
-            if asked.beside:
-                print(f"{speaker.name}:")
-            said.append(speaker.answer(messages))
-        messages.append({"role": "assistant", "content": said[0]})
+    with suppress(KeyboardInterrupt):
+        talk(speakers, context)
 
 
 if __name__ == "__main__":
