@@ -138,10 +138,13 @@ class Project:
         try:
             code = process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            return Ended(process.wait(), "hangs")
+            code = 0
+        finally:
+            if hangs := process.poll() is None:  # or the campaign itself is told to end
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         self.log.seek(0)
-        return Ended(code, self.log.read())
+        return Ended(1, "Traceback: hangs") if hangs else Ended(code, self.log.read())
 
     def run(self, *command: str, **more) -> Ended:
         return self.end(self.start(*command, **more))
@@ -387,6 +390,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, help="so many stages for each fault, drawn at random")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # its disk goes with it
     draw = random.Random(args.seed)
     trials = json.loads(REPORT.read_text(encoding="utf-8")) if REPORT.exists() else {}
     with ExitStack() as stack:
