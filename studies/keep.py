@@ -3,8 +3,8 @@
     dvc exp run -S profile=long
     python -m studies.keep          # reports/ to reports/long/
 
-Its lock goes with them: what a number was computed from. `git restore params.yaml dvc.lock reports/*.* ...` and
-`dvc checkout` bring the default run back; `dvc exp apply` the other.
+Its lock goes with them: what the numbers were computed from. `git restore .` and `dvc checkout` bring the default run
+back, and leave what is kept.
 """
 
 import re
@@ -14,9 +14,9 @@ from pathlib import Path
 
 from stages import params
 
-PAGES = ["report.md", "report.html", "report.json", "summary.json", "compare.json"]
+PAGES = ["report.md", "report.html", "report.json", "summary.json", "compare.json", "preflight.md", "preflight.json"]
 FOLDERS = ["figures", "data", "train", "dpo", "evaluate", "benchmark"]
-LINK = re.compile(r"(\]\()(?!figures/|report\.|[a-z]+:|#)")  # of a page in Markdown, to what stays where it is
+LINK = re.compile(r"""(\]\(|href=")(?!figures/|report\.|preflight\.|[a-z]+:|#)""")  # of a page, to what is not kept
 
 
 def main(reports: Path = Path("reports")) -> None:
@@ -32,8 +32,8 @@ def main(reports: Path = Path("reports")) -> None:
     for name in FOLDERS:
         shutil.copytree(reports / name, to / name)
     shutil.copy("dvc.lock", to)
-    page = to / "report.md"
-    page.write_text(LINK.sub(r"\1../", page.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in (*to.glob("*.md"), *to.glob("*.html")):
+        page.write_text(LINK.sub(r"\1../", page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
