@@ -116,7 +116,7 @@ def context() -> dict:
     tables, trained = cost_tables([cost, speed]), read("reports/benchmark/speed.json")
     report, p, base = read("reports/report.json"), params.load(), read("data/base/pretrain.json")
     train = {name: read(f"reports/train/{name}.json") for name in ("dense", "warmup", "sparse")}
-    failures = read("reports/failures.json")
+    failures, many_keys = read("reports/failures.json"), read("reports/many_keys.json")
     return {
         "p": p,
         "rows": {row["arm"]: row for row in report["trained"]},
@@ -136,7 +136,8 @@ def context() -> dict:
         "device": cost["run"]["device"],
         "sweep": sweep_means(read("reports/sweep.json")) | {"context": read("reports/sweep.json")["context"]},
         "failures": failures,
-        "elsewhere": {"failures": made_elsewhere(failures["run"])},
+        "many_keys": many_keys,
+        "elsewhere": {"failures": made_elsewhere(failures["run"]), "many_keys": made_elsewhere(many_keys["run"])},
         "full_size": read("reports/speed/full_size.json")["rows"],
         "int8_keys": read("reports/speed/int8_keys.json"),
     }
