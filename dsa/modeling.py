@@ -84,6 +84,7 @@ class DSAAttention:
         projections = self.q_proj, self.k_proj, self.v_proj
         return tuple(projection(hidden_states).view(B, T, -1, self.head_dim) for projection in projections)
 
+    @torch.compiler.disable(reason="kernels are chosen by shape, and buffers of the cache told apart by their address")
     def forward(
         self,
         hidden_states: torch.Tensor,
