@@ -118,12 +118,14 @@ def payoff(budgets: pd.DataFrame, topk: int, length: int, path: Path) -> None:
             axis.set_xscale("log", base=2)
         axis.set_xlabel(f"prefill, microseconds a token at {length:,} tokens" if timed else "k, keys per query")
         axis.margins(y=0.12)
+        if timed:
+            axis.set_xlim(left=0)
     if asks:
         axes[0, 0].set_ylabel("key-value pairs found exactly (%)")
         axes[0, 0].set_ylim(-10, 110)
     axes[0, -1].axhline(0, color=COLORS["dense"], linewidth=0.8)
     axes[0, -1].set_ylabel("answer loss minus dense (nats per token)")
-    axes[0, 0].legend(loc="center right")
+    axes[0, -1].legend(loc="upper right")  # where neither curve comes
     figure.suptitle(f"One set of weights, trained with k = {topk}: what attention to fewer keys saves and costs")
     save(figure, path)
 
