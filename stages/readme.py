@@ -49,6 +49,11 @@ def faster_from(lengths: dict[int, dict]) -> int | None:
     return min((n for n in lengths if n > slower), default=None)
 
 
+def indexer_bytes(base: dict, heads: int, size: int) -> int:
+    """Of all layers' indexers in float32: projections of queries, the key and the heads' weights, and the key's norm."""
+    return 4 * base["num_hidden_layers"] * (base["hidden_size"] * (heads * size + size + heads) + 2 * size)
+
+
 def run_of(folder: Path) -> dict:
     """Its arms by name, and how many times as fast as dense attention each is at the length it was trained for."""
     report, speed = read(folder / "report.json"), read(folder / "benchmark/speed.json")
@@ -140,6 +145,8 @@ def context() -> dict:
         "elsewhere": {"failures": made_elsewhere(failures["run"]), "many_keys": made_elsewhere(many_keys["run"])},
         "full_size": read("reports/speed/full_size.json")["rows"],
         "int8_keys": read("reports/speed/int8_keys.json"),
+        "indexer_bytes": indexer_bytes(read("data/base/config.json"), p.indexer.n_heads, p.indexer.head_dim),
+        "warmed_up": next(row for row in report["untrained"] if row["arm"] == "warmup"),
     }
 
 
