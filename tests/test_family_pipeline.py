@@ -49,6 +49,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DSA_SCRATCH", str(tmp_path / "scratch"))
     monkeypatch.setattr("stages.training.use_all_cores", lambda: None)
+    monkeypatch.setattr("stages.preflight.limit_memory", lambda: None)  # it would hold for all tests of this process
     return tmp_path
 
 
@@ -58,6 +59,7 @@ def test_the_pipeline_trains_and_evaluates_another_family(project, model_type, s
     base = project / "data/local/model"
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/base")
     tokenizer.save_pretrained(base)
+    tokenizer.save_pretrained(project / "data/base")  # from which the preflight takes one
     more = {"vocab_size": 4096, "max_position_embeddings": 2048, "initializer_range": 0.05}
     small_model(model_type, **OWN.get(model_type, {}) | more).save_pretrained(base)
     for stage in stages:

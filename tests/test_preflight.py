@@ -141,10 +141,15 @@ def test_memory_that_is_refused_is_a_step_that_does_not_fit():
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is no limit")
 def test_beyond_the_memory_that_is_free_allocation_fails():
     """The kernel would end the process, or another one, before anything could be said."""
-    code = "import torch; from stages.common import limit_memory; free = limit_memory(); torch.empty({}).fill_(0)"
+    unlimited = "import resource; _, hard = resource.getrlimit(resource.RLIMIT_DATA); "
+    unlimited += "resource.setrlimit(resource.RLIMIT_DATA, (hard, hard)); "  # whatever this process was given
+    code = (
+        unlimited
+        + "import torch; from stages.common import limit_memory; free = limit_memory(); torch.empty({}).fill_(0)"
+    )
     for size, refused in (("1000", False), ("(free + 2**28) // 4", True)):
         done = subprocess.run(
-            [sys.executable, "-c", code.format(size)], cwd=ROOT, capture_output=True, encoding="utf-8"
+            [sys.executable, "-c", unlimited + code.format(size)], cwd=ROOT, capture_output=True, encoding="utf-8"
         )
         assert (done.returncode == 1) == refused and ("can't allocate memory" in done.stderr) == refused
 

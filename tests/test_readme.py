@@ -97,10 +97,12 @@ def test_links_lead_somewhere_within_the_repository(name):
 
 def test_a_changed_number_changes_the_pages(numbers):
     text = PAGES["README.md"].read_text(encoding="utf-8")
-    rows = numbers["rows"] | {"dsa": numbers["rows"]["dsa"] | {"gap": [0.5, None], "exact": {"needles": 0.25}}}
-    edited = readme.filled(text, ROOT / "stages/readme.md.jinja", numbers | {"rows": rows})
-    (row,) = (line for line in edited.splitlines() if line.startswith("| **DSA**"))
-    assert "| +0.5000\u00a0±\u00a0– | needles 25.0\u00a0% |" in row
+    first, *others = numbers["runs"]
+    dsa = first["rows"]["dsa"] | {"gap": [0.5, None], "exact": {"needles": 0.25}}
+    runs = [first | {"rows": first["rows"] | {"dsa": dsa}}, *others]
+    edited = readme.filled(text, ROOT / "stages/readme.md.jinja", numbers | {"runs": runs})
+    row, *_ = (line for line in edited.splitlines() if "| **DSA** |" in line)
+    assert "| +0.5000\u00a0±\u00a0– | – | 25.0\u00a0% |" in row
     assert by_hand(edited) == by_hand(text)
 
 
