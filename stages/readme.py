@@ -50,7 +50,7 @@ def faster_from(lengths: dict[int, dict]) -> int | None:
 
 
 def indexer_bytes(base: dict, heads: int, size: int) -> int:
-    """Of all layers' indexers in float32: projections of queries, the key and the heads' weights, and the key's norm."""
+    """Of all layers' indexers in float32: projections of queries, key and the heads' weights, and the key's norm."""
     return 4 * base["num_hidden_layers"] * (base["hidden_size"] * (heads * size + size + heads) + 2 * size)
 
 
