@@ -4,7 +4,8 @@
 
 The small model of stages/cost.py with random weights, left-padded rows of half to the whole length in its cache, one
 token a row and step. DSA reads the k keys that each row selects and every index key. Dense attention is at its best:
-the fastest of SDPA as transformers calls it and of SDPA with a group's heads as rows, both with the padding's mask.
+the fastest of SDPA as transformers calls it, of SDPA with a group's heads as rows, and of matrix products, all with the
+padding's mask.
 """
 
 import argparse
@@ -33,8 +34,19 @@ def padded(module, q, k, v, attention_mask, scaling=None, **kwargs):
     return out.view(B, Hq, T, D).transpose(1, 2), None
 
 
-AttentionInterface.register("padded", padded)
-AttentionMaskInterface.register("padded", sdpa_mask)  # without one a model is given no mask
+def products(module, q, k, v, attention_mask, scaling=None, **kwargs):
+    """The same as two matrix products."""
+    B, Hq, T, D = q.shape
+    logits = q.view(B, k.shape[1], -1, D) @ k.transpose(2, 3) * scaling  # (B, Hkv, Hq / Hkv, S)
+    if attention_mask is not None:
+        logits = logits.masked_fill(~attention_mask, -torch.inf)
+    return (logits.softmax(-1) @ v).view(B, Hq, T, D).transpose(1, 2), None
+
+
+WAYS = {"padded": padded, "products": products}
+for name, way in WAYS.items():
+    AttentionInterface.register(name, way)
+    AttentionMaskInterface.register(name, sdpa_mask)  # without one a model is given no mask
 
 
 def row_lengths(batch: int, length: int) -> torch.Tensor:
@@ -62,7 +74,7 @@ def measure(shape: Shape, batch: int, length: int, topks: list[int], repeats: in
     mask = (torch.arange(length + 1) >= length - lengths[:, None]).long().to(DEVICE)  # (B, S): 0 is padding
     found = {
         "dense": {"attention_mode": "dense"},
-        "dense_grouped": {"attention_mode": "dense", "_attn_implementation": "padded"},
+        **{f"dense_{name}": {"attention_mode": "dense", "_attn_implementation": name} for name in WAYS},
         **{f"dsa_{k}": {"index_topk": k} for k in topks},
     }
     caches = {}

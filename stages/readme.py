@@ -145,6 +145,7 @@ def context() -> dict:
         "elsewhere": {"failures": made_elsewhere(failures["run"]), "many_keys": made_elsewhere(many_keys["run"])},
         "full_size": read("reports/speed/full_size.json")["rows"],
         "int8_keys": read("reports/speed/int8_keys.json"),
+        "batches": read("reports/speed/batches.json"),
         "indexer_bytes": indexer_bytes(read("data/base/config.json"), p.indexer.n_heads, p.indexer.head_dim),
         "warmed_up": next(row for row in report["untrained"] if row["arm"] == "warmup"),
     }

@@ -193,17 +193,18 @@ def test_a_models_dense_prefill_is_transformers_own(monkeypatch):
     assert [call[:2] for call in calls[0]] == [(True, True)] * TINY.layers
 
 
-def test_a_padded_batch_is_decoded_alike_in_both_of_the_dense_ways():
+def test_a_padded_batch_is_decoded_alike_in_each_of_the_dense_ways():
     model, lengths = cost.model_of(cost.SMALL, 16, torch.float32).eval(), batches.row_lengths(3, 64)
     assert lengths.tolist() == [32, 48, 64]
     mask = (torch.arange(65) >= 64 - lengths[:, None]).long()
     logits = {}
-    for way in ("sdpa", "padded"):
+    for way in ("sdpa", *batches.WAYS):
         cost.switch(model, attention_mode="dense", _attn_implementation=way)
         cache = batches.filled(model, lengths, 64)
         ids = torch.zeros(3, 1, dtype=torch.long)
         with torch.no_grad():
             logits[way] = model(ids, attention_mask=mask, position_ids=lengths[:, None], past_key_values=cache).logits
-    torch.testing.assert_close(logits["padded"], logits["sdpa"])
+    for way in batches.WAYS:
+        torch.testing.assert_close(logits[way], logits["sdpa"])
     row = batches.measure(cost.SMALL, 3, 64, [16], 1)
     assert set(row["ratio"]) == {"dsa_16"} and row["bound"]["dsa_16"] > 0
