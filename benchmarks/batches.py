@@ -12,41 +12,17 @@ import argparse
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from transformers import DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import AttentionInterface
 
-from dsa.cache import growing
 from stages.common import device_name, git_commit
-from stages.cost import DEVICE, SMALL, Shape, compared, in_turn, model_of, switch, topk_of
+from stages.cost import DEVICE, SMALL, Shape, arms, compared, filled_cache, in_turn, model_of, switch, topk_of
 from stages.files import write_json
 
 OUT = Path("reports/speed/batches.json")
 BATCHES, LENGTHS = [1, 4, 16], [4096, 16384, 32768]
-
-
-def padded(module, q, k, v, attention_mask, scaling=None, **kwargs):
-    """SDPA of one query a row with the heads of a group as its rows, and a mask [B, 1, 1, S]."""
-    B, Hq, T, D = q.shape
-    rows = q.reshape(B, k.shape[1], -1, D)
-    out = F.scaled_dot_product_attention(rows, k, v, attn_mask=attention_mask, scale=scaling)
-    return out.view(B, Hq, T, D).transpose(1, 2), None
-
-
-def products(module, q, k, v, attention_mask, scaling=None, **kwargs):
-    """The same as two matrix products."""
-    B, Hq, T, D = q.shape
-    logits = q.view(B, k.shape[1], -1, D) @ k.transpose(2, 3) * scaling  # (B, Hkv, Hq / Hkv, S)
-    if attention_mask is not None:
-        logits = logits.masked_fill(~attention_mask, -torch.inf)
-    return (logits.softmax(-1) @ v).view(B, Hq, T, D).transpose(1, 2), None
-
-
-WAYS = {"padded": padded, "products": products}
-for name, way in WAYS.items():
-    AttentionInterface.register(name, way)
-    AttentionMaskInterface.register(name, sdpa_mask)  # without one a model is given no mask
+WAYS = ("grouped", "grouped_sdpa")  # of stages/cost.py, beside transformers' own
+for way in WAYS:
+    AttentionMaskInterface.register(way, sdpa_mask)  # without one a model is given no mask
 
 
 def row_lengths(batch: int, length: int) -> torch.Tensor:
@@ -54,42 +30,25 @@ def row_lengths(batch: int, length: int) -> torch.Tensor:
     return torch.linspace(length / 2, length, batch).long() if batch > 1 else torch.tensor([length])
 
 
-def filled(model, lengths: torch.Tensor, length: int) -> DynamicCache:
-    """A cache of random keys, values and index keys, what is padding in it too."""
-    config, cache = model.config, growing(DynamicCache(config=model.config))
-    shape = (len(lengths), config.num_key_value_heads, length, config.head_dim)
-    generator = torch.Generator().manual_seed(length)
-    for layer in cache.layers:
-        layer.update(*(torch.randn(shape, generator=generator).to(DEVICE) for _ in range(2)))
-        if config.attention_mode == "sparse":
-            keys = torch.randn(len(lengths), length, config.index_head_dim, generator=generator)
-            layer.update_indexer(keys.to(DEVICE))
-    return cache
-
-
 @torch.no_grad()
 def measure(shape: Shape, batch: int, length: int, topks: list[int], repeats: int) -> dict:
     """Milliseconds of a step, of all rows together."""
     model, lengths = model_of(shape, max(topks), torch.float32).eval(), row_lengths(batch, length)
     mask = (torch.arange(length + 1) >= length - lengths[:, None]).long().to(DEVICE)  # (B, S): 0 is padding
-    found = {
-        "dense": {"attention_mode": "dense"},
-        **{f"dense_{name}": {"attention_mode": "dense", "_attn_implementation": name} for name in WAYS},
-        **{f"dsa_{k}": {"index_topk": k} for k in topks},
-    }
-    caches = {}
-    for arm, settings in found.items():
-        switch(model, **settings)
-        kind = arm.split("_")[0]
-        caches[arm] = next((c for a, c in caches.items() if a.startswith(kind)), None) or filled(model, lengths, length)
+    found = arms(topks, length, grouped=True)
+    caches = {}  # one for all ways of dense attention, and one with index keys
+    for kind in ("dense", f"dsa_{topks[0]}"):
+        switch(model, **found[kind])
+        caches[kind.split("_")[0]] = filled_cache(model, length, batch)
     ids = torch.zeros(batch, 1, dtype=torch.long, device=DEVICE)
     positions = lengths[:, None].to(DEVICE)
 
     def call(arm: str) -> None:
         switch(model, **found[arm])
-        if extra := caches[arm].get_seq_length() - length:
-            caches[arm].crop(-extra)
-        model(ids, attention_mask=mask, position_ids=positions, past_key_values=caches[arm], use_cache=True)
+        cache = caches[arm.split("_")[0]]
+        if extra := cache.get_seq_length() - length:
+            cache.crop(-extra)
+        model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
 
     times = in_turn({arm: lambda arm=arm: call(arm) for arm in found}, repeats)
     bounds = {arm: bound(shape, lengths.tolist(), topk_of(arm)) for arm in found if arm.startswith("dsa")}

@@ -122,23 +122,28 @@ def compared(times: dict[str, dict[str, float]], bounds: dict[str, float | dict]
     return {"arms": times, "dense": ways[best]["ms"], "dense_by": best, "ratio": ratios, "bound": bounds}
 
 
-def grouped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Dense attention of one query as two matrix products: K and V are read once for all heads of a group."""
+def grouped_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Dense attention of one query as two matrix products: K and V are read once for all heads of a group. mask: bool
+    [B, 1, 1, S]."""
     B, Hq, T, D = q.shape
     logits = (q.view(B, k.shape[1], -1, D) @ k.transpose(2, 3)).view(B, Hq, T, -1) * scaling
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
     return (logits.softmax(-1).view(B, k.shape[1], -1, k.shape[2]) @ v).view(B, Hq, T, D)
 
 
 def grouped(module, q, k, v, attention_mask, scaling=None, **kwargs):
     """`grouped_attention` as an attention function of transformers."""
-    return grouped_attention(q, k, v, scaling).transpose(1, 2), None
+    return grouped_attention(q, k, v, scaling, attention_mask).transpose(1, 2), None
 
 
 def grouped_sdpa(module, q, k, v, attention_mask, scaling=None, **kwargs):
     """SDPA of one query with the heads of a group as its rows."""
     B, Hq, T, D = q.shape
     rows = q.reshape(B, k.shape[1], -1, D)
-    out = F.scaled_dot_product_attention(rows, k, v, scale=scaling)
+    out = F.scaled_dot_product_attention(rows, k, v, attn_mask=attention_mask, scale=scaling)
     return out.view(B, Hq, T, D).transpose(1, 2), None
 
 
@@ -347,11 +352,11 @@ def token_bounds(shape: Shape, length: int, arm: str, width: int, whole: bool = 
     return {"multiply_adds": round(macs[0] / macs[1], 2), "bytes": round(read[0] / read[1], 2)}
 
 
-def filled_cache(model: Qwen2DSAForCausalLM, length: int) -> DynamicCache:
+def filled_cache(model: Qwen2DSAForCausalLM, length: int, batch: int = 1) -> DynamicCache:
     """A cache of random keys, values and index keys, instead of a long prefill."""
     config = model.config
     cache = growing(DynamicCache(config=config))
-    shape = (1, config.num_key_value_heads, length, config.head_dim)
+    shape = (batch, config.num_key_value_heads, length, config.head_dim)
     generator = torch.Generator().manual_seed(length)
 
     def random(*size: int) -> torch.Tensor:
@@ -360,7 +365,7 @@ def filled_cache(model: Qwen2DSAForCausalLM, length: int) -> DynamicCache:
     for layer in cache.layers:
         layer.update(random(*shape), random(*shape))
         if config.attention_mode == "sparse":
-            keys = random(1, length, config.index_head_dim)
+            keys = random(batch, length, config.index_head_dim)
             layer.update_indexer(pack_int8(keys) if config.index_key_dtype == "int8" else keys)
     return cache
 

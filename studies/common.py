@@ -1,5 +1,6 @@
 """What the studies share: intervals, their numbers as JSON, and the page from its template."""
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -45,3 +46,14 @@ def write(found: dict, path: Path) -> None:
 def render(template: str, context: dict, **filters: Callable) -> str:
     """A page of this folder's templates."""
     return page(Path(__file__).parent / template, context, **filters)
+
+
+def run(doc: str, analyse: Callable[[], dict], write_report: Callable[[dict, Path], None], out: Path) -> None:
+    """A study's command: its numbers to `out` and its page beside them, or the page again, of a file of numbers."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--from", dest="source", type=Path, help="this file instead of the models")
+    source = parser.parse_args().source
+    found = json.loads(source.read_text(encoding="utf-8")) if source else analyse()
+    if not source:
+        write(found, out)
+    write_report(found, out.parent)

@@ -6,9 +6,7 @@
 Losses in nats a token; every difference is paired, with a 95 % interval.
 """
 
-import argparse
 import copy
-import json
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -29,7 +27,8 @@ from stages.common import device_name, git_commit
 from stages.files import read_rows
 from stages.lock import model_hashes
 from stages.statistics import HELD_OUT, Predictions, plain
-from studies.common import interval, write
+from studies import common
+from studies.common import interval
 from studies.failures_report import write_report
 
 OUT = Path("reports/failures.json")
@@ -210,13 +209,7 @@ def analyse() -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--from", dest="source", type=Path, help="this file instead of the models")
-    args = parser.parse_args()
-    found = json.loads(args.source.read_text(encoding="utf-8")) if args.source else analyse()
-    if not args.source:
-        write(found, OUT)
-    write_report(found, OUT.parent)
+    common.run(__doc__, analyse, write_report, OUT)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ the paper's warm-up, but with the backbone. Then these weights are asked with ev
 that the indexer, the oracle or the window choose.
 """
 
-import argparse
-import json
 import random
 import tempfile
 import time
@@ -34,7 +32,7 @@ from stages.files import read_rows
 from stages.lock import model_hashes
 from stages.statistics import HELD_OUT, LEVEL, plain
 from stages.training import LONG, trainer_options
-from studies.common import write
+from studies import common
 from studies.many_keys_report import write_report
 
 OUT = Path("reports/many_keys.json")
@@ -171,13 +169,7 @@ def analyse() -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--from", dest="source", type=Path, help="this file instead of the model")
-    args = parser.parse_args()
-    found = json.loads(args.source.read_text(encoding="utf-8")) if args.source else analyse()
-    if not args.source:
-        write(found, OUT)
-    write_report(found, OUT.parent)
+    common.run(__doc__, analyse, write_report, OUT)
 
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ def test_a_padded_batch_is_decoded_alike_in_each_of_the_dense_ways():
     logits = {}
     for way in ("sdpa", *batches.WAYS):
         cost.switch(model, attention_mode="dense", _attn_implementation=way)
-        cache = batches.filled(model, lengths, 64)
+        cache = cost.filled_cache(model, 64, len(lengths))
         ids = torch.zeros(3, 1, dtype=torch.long)
         with torch.no_grad():
             logits[way] = model(ids, attention_mask=mask, position_ids=lengths[:, None], past_key_values=cache).logits
