@@ -25,7 +25,6 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from dsa.data import corpus
 from dsa.data.corpus import SourceFile
@@ -33,9 +32,11 @@ from dsa.data.import_order import in_import_order
 from dsa.data.recall import Recall, Row, positions
 from dsa.data.rows import encode, messages_of, render
 from dsa.evaluation.exact import exact
+from dsa.machine import supports_bf16
 from dsa.training.induction import induction
 from dsa.training.muon import MuonWithAdamW
 from stages import params as params_module
+from stages.checkpoints import Seal, last_checkpoint
 from stages.common import owned, scratch
 from stages.params import Pretrain
 
@@ -207,7 +208,7 @@ def bits_per_char(model: Qwen2ForCausalLM, tokenizer, text: torch.Tensor, length
     blocks = blocks[:: max(1, len(blocks) // rows)][:rows].to(model.device)
     losses = []
     for row in blocks:
-        with torch.autocast(model.device.type, torch.bfloat16):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=supports_bf16()):
             losses.append(model(input_ids=row[None], labels=row[None], use_cache=False).loss.item())
     chars = len(tokenizer.decode(blocks.flatten()))
     return sum(losses) / len(losses) * (length - 1) * len(losses) / math.log(2) / chars
@@ -247,7 +248,7 @@ def train(model: Qwen2ForCausalLM, dataset: Steps, probe: Probe, folder: Path) -
         per_device_train_batch_size=1,
         max_grad_norm=1.0,
         use_cpu=not torch.cuda.is_available(),
-        bf16=True,
+        bf16=supports_bf16(),
         logging_steps=25,
         save_steps=150,
         save_total_limit=2,
@@ -262,9 +263,9 @@ def train(model: Qwen2ForCausalLM, dataset: Steps, probe: Probe, folder: Path) -
         train_dataset=dataset,
         data_collator=lambda items: items[0],
         optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, dataset.learning_rate)),
-        callbacks=[probe],
+        callbacks=[probe, Seal()],
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder))
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     return trainer.state.log_history
 
 

@@ -1,9 +1,7 @@
 """What the training stages share: rows in, Trainer, checkpoints, a model and its curve out."""
 
 import gc
-import json
 import os
-import shutil
 import sys
 from itertools import islice
 from pathlib import Path
@@ -16,6 +14,7 @@ from dsa.data.rows import Collator, end_ids, examples
 from dsa.machine import cores, supports_bf16
 from dsa.modeling import DSAForCausalLM
 from dsa.training.trainer import DSATrainer, MassProbe, StopOnSignal, TokenProgress
+from stages.checkpoints import Seal, last_checkpoint
 from stages.common import measured, owned, scratch, versions
 from stages.files import read_rows, write_json
 from stages.params import ParamsError, Training, dependencies
@@ -61,22 +60,6 @@ def checkpoints(stage: str) -> Path:
     counted = dependencies(stage)
     settings = counted | {"versions": versions(), "bf16": supports_bf16()}
     return scratch(stage.replace("@", "-"), settings, map(Path, counted["deps"]))
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint; one that a kill cut short is deleted."""
-    complete = ("trainer_state.json", "optimizer.*", "scheduler.pt", "model.safetensors")  # FSDP's: optimizer.bin
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
-        if all(any(path.glob(name)) for name in complete):
-            try:
-                json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            except ValueError:
-                pass
-            else:
-                return str(path)
-        if int(os.environ.get("RANK", 0)) == 0:  # the others pass over it
-            shutil.rmtree(path, ignore_errors=True)
-    return None
 
 
 def ignore_launcher() -> None:
@@ -146,6 +129,7 @@ def run(trainer: Trainer, folder: Path) -> dict:
     trainer.pop_callback(next(c for c in trainer.callback_handler.callbacks if "Progress" in type(c).__name__))
     trainer.add_callback(progress := TokenProgress())
     trainer.add_callback(StopOnSignal(trainer.accelerator))
+    trainer.add_callback(Seal())
     tokens_per_second = resumed_at = 0
     if trainer.args.max_steps > 0:  # 0 is no limit to the Trainer
         checkpoint = last_checkpoint(folder)

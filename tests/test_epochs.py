@@ -15,6 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 from stages import training
+from stages.checkpoints import Seal
 from tests.conftest import ROOT, small_model
 from tests.test_training import examples, model_for, train, trainer_for
 
@@ -79,7 +80,7 @@ def test_a_run_that_was_killed_counts_what_came_before(dense_model, tmp_path, ki
     expected = training.run(whole, tmp_path / "a")
     setup = (tmp_path / "b", 2, 2, STEPS, ROWS)
     with pytest.raises(KeyboardInterrupt):
-        train(model_for(dense_model, "sparse"), *setup, save_steps=2, callbacks=[Kill()])
+        train(model_for(dense_model, "sparse"), *setup, save_steps=2, callbacks=[Seal(), Kill()])
     again = trainer_for(model_for(dense_model, "sparse"), *setup, save_steps=2)
     result = training.run(again, tmp_path / "b")
     assert result["resumed_at_step"] == resumed_at

@@ -7,6 +7,7 @@ that follows is what runs on them, over gloo.
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig
 
 from dsa import Qwen2DSAForCausalLM, from_dense
@@ -69,12 +70,22 @@ def trainer_of(stage: str, folder: Path, sharded: bool) -> Trainer:
     )
 
 
-def run(stage: str, folder: Path, sharded: bool) -> None:
+class Kill(TrainerCallback):
+    """Of the second process, in the middle of the third step."""
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step == 2 and args.process_index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(stage: str, folder: Path, sharded: bool, killed: bool = False) -> None:
     """Train, twice: once through, and on from the checkpoint in the middle. Leaves results and the whole model."""
     for name in ("through", "resumed"):
         AcceleratorState._reset_state(reset_partial_state=True)
         trainer = trainer_of(stage, folder / stage, sharded)
         assert trainer.is_fsdp_enabled == sharded
+        if killed:
+            trainer.add_callback(Kill())
         result = training.run(trainer, folder / stage)
         model = training.whole(trainer)
         if model is not None:
@@ -97,13 +108,18 @@ def one(tmp_path_factory):
     return launched(tmp_path_factory.mktemp("one"), None)
 
 
-def launched(folder: Path, config: str | None) -> Path:
+def start(folder: Path, config: str | None, *stages: str) -> subprocess.CompletedProcess:
     command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--quiet"]
     if config:
         command += ["--config_file", f"configs/accelerate/{config}.yaml", "--num_processes", "2"]
     command += ["--main_process_port", "0"] if config else ["--cpu"]
-    command += ["-m", "tests.test_processes", str(folder), str(config)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    command += ["-m", "tests.test_processes", str(folder), str(config), *stages]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def launched(folder: Path, config: str | None, *stages: str) -> Path:
+    done = start(folder, config, *stages)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -131,11 +147,23 @@ def test_two_processes_take_the_steps_of_one(config, one, tmp_path):
             assert frozen and all(torch.equal(ours[key], before[key]) for key in frozen)
 
 
+@pytest.mark.slow
+def test_where_one_of_two_is_killed_both_end_and_the_next_run_goes_on(one, tmp_path):
+    first = start(tmp_path, "ddp", "sparse", "killed")
+    assert first.returncode != 0 and not (tmp_path / "sparse-through").exists()
+    found, ours = results(launched(tmp_path, "ddp", "sparse"), "sparse", "through")
+    expected, weights = results(one, "sparse", "through")
+    assert found["resumed_at_step"] == 2 and found["tokens"] == expected["tokens"]
+    torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(expected["losses"]), rtol=1e-4, atol=1e-6)
+    assert all((ours[key] - value).norm() <= 2e-2 * value.norm() for key, value in weights.items())
+
+
 if __name__ == "__main__":
     if sys.argv[2] != "None":
         tiles.LOGITS_BYTES, tiles.DEVICES = (
             0,
             ("cpu",),
         )  # two processes compute the loss in tiles, of a sharded head too; one does not
-    for stage in STAGES.get(sys.argv[2], STAGES["ddp"]):
-        run(stage, Path(sys.argv[1]), sys.argv[2] == "fsdp2")
+    asked = [name for name in sys.argv[3:] if name != "killed"]
+    for stage in asked or STAGES.get(sys.argv[2], STAGES["ddp"]):
+        run(stage, Path(sys.argv[1]), sys.argv[2] == "fsdp2", "killed" in sys.argv)

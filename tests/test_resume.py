@@ -5,10 +5,12 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from stages import common, dense, dpo, params
+from stages.checkpoints import Seal, last_checkpoint
 from stages.training import checkpoints
 from tests.conftest import ROOT, copy_of_code
 
@@ -135,3 +137,49 @@ def test_every_stage_with_a_scratch_folder_holds_it(project, tmp_path_factory, m
     for folder, start in ((checkpoints("dense"), dense.main), (checkpoints("dpo@dsa"), lambda: dpo.main("dsa"))):
         with common.owned(folder), pytest.raises(params.ParamsError, match=f"at work in {folder}"):
             start()
+
+
+def sealed(folder, step):
+    """A checkpoint as a Trainer leaves it."""
+    path = folder / f"checkpoint-{step}"
+    path.mkdir()
+    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth"):
+        (path / name).write_bytes(f"{name} of {step}".encode())
+    trainer = SimpleNamespace(output_dir=folder), SimpleNamespace(global_step=step, is_world_process_zero=True)
+    Seal().on_save(*trainer, None)
+    return path
+
+
+def test_the_newest_checkpoint_is_taken_the_tenth_after_the_ninth(tmp_path):
+    assert last_checkpoint(tmp_path) is None
+    for step in (9, 10):
+        sealed(tmp_path, step)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth", "sha256.json"]
+)
+def test_a_checkpoint_in_which_a_bit_has_flipped_is_not_gone_on_from(tmp_path, name):
+    """Weights and optimizer states have no checksum of their own: one bit of an exponent, and the model is lost."""
+    older, newer = sealed(tmp_path, 1), sealed(tmp_path, 2)
+    content = bytearray((newer / name).read_bytes())
+    content[len(content) // 2] ^= 4
+    (newer / name).write_bytes(content)
+    assert last_checkpoint(tmp_path) == str(older) and not newer.exists()
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "sha256.json"])
+def test_a_checkpoint_that_a_kill_cut_short_is_not_gone_on_from(tmp_path, name, monkeypatch):
+    older, newer = sealed(tmp_path, 1), sealed(tmp_path, 2)
+    (newer / name).unlink()
+    with monkeypatch.context() as second:
+        second.setenv("RANK", "1")  # which leaves it to the first to delete
+        assert last_checkpoint(tmp_path) == str(older) and newer.exists()
+    assert last_checkpoint(tmp_path) == str(older) and not newer.exists()
+
+
+def test_what_other_processes_may_still_be_writing_is_not_sealed(tmp_path):
+    newest = sealed(tmp_path, 1)
+    (newest / "rng_state_1.pth").write_bytes(b"half of it")
+    assert last_checkpoint(tmp_path) == str(newest)
