@@ -3,9 +3,9 @@
     python -m benchmarks.batches          # reports/speed/batches.json, ten minutes
 
 The small model of stages/cost.py with random weights, left-padded rows of half to the whole length in its cache, one
-token a row and step. DSA reads the k keys that each row selects and every index key. Dense attention is at its best:
-the fastest of SDPA as transformers calls it, of SDPA with a group's heads as rows, and of matrix products, all with the
-padding's mask.
+token a row and step. DSA reads the k keys that each row selects and every index key, float32 or int8 (`dsa_int8`).
+Dense attention is at its best: the fastest of SDPA as transformers calls it, of SDPA with a group's heads as rows, and
+of matrix products, all with the padding's mask.
 """
 
 import argparse
@@ -35,33 +35,39 @@ def measure(shape: Shape, batch: int, length: int, topks: list[int], repeats: in
     """Milliseconds of a step, of all rows together."""
     model, lengths = model_of(shape, max(topks), torch.float32).eval(), row_lengths(batch, length)
     mask = (torch.arange(length + 1) >= length - lengths[:, None]).long().to(DEVICE)  # (B, S): 0 is padding
-    found = arms(topks, length, grouped=True)
-    caches = {}  # one for all ways of dense attention, and one with index keys
-    for kind in ("dense", f"dsa_{topks[0]}"):
-        switch(model, **found[kind])
-        caches[kind.split("_")[0]] = filled_cache(model, length, batch)
+    found, caches = arms(topks, length, int8=True, grouped=True), {}
+    for arm in found:  # one for all ways of dense attention, and one for each type of index keys
+        if kind(arm) not in caches:
+            switch(model, **found[arm])
+            caches[kind(arm)] = filled_cache(model, length, batch)
     ids = torch.zeros(batch, 1, dtype=torch.long, device=DEVICE)
     positions = lengths[:, None].to(DEVICE)
 
     def call(arm: str) -> None:
         switch(model, **found[arm])
-        cache = caches[arm.split("_")[0]]
+        cache = caches[kind(arm)]
         if extra := cache.get_seq_length() - length:
             cache.crop(-extra)
         model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
 
     times = in_turn({arm: lambda arm=arm: call(arm) for arm in found}, repeats)
-    bounds = {arm: bound(shape, lengths.tolist(), topk_of(arm)) for arm in found if arm.startswith("dsa")}
+    rows = lengths.tolist()
+    bounds = {arm: bound(shape, rows, topk_of(arm), kind(arm) == "dsa_int8") for arm in found if kind(arm) != "dense"}
     return {"batch": batch, "length": length} | compared(times, bounds)
 
 
-def bound(shape: Shape, lengths: list[int], topk: int) -> float:
+def kind(arm: str) -> str:
+    """dense, dsa or dsa_int8."""
+    return "dense" if arm.startswith("dense") else arm.rsplit("_", 1)[0]
+
+
+def bound(shape: Shape, lengths: list[int], topk: int, int8: bool) -> float:
     """Of the ratio, by the bytes that are read: weights once for all rows, each row's own keys and values."""
     width = torch.float32.itemsize
 
     def read(k: int | None) -> int:
         weights = (shape.linear(k is not None) + shape.hidden * shape.vocab) * width
-        return weights + sum(shape.read(n, k, width, weights=False) for n in lengths)
+        return weights + sum(shape.read(n, k, width, int8, weights=False) for n in lengths)
 
     return round(read(None) / read(topk), 2)
 

@@ -23,13 +23,13 @@ from stages.params import ParamsError
 
 
 def device_name() -> str:
-    """The accelerator, or the processor and the number of threads that torch uses."""
+    """The accelerator, or the processor, its widest vectors and the number of threads that torch uses."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"CPU ({model}), {torch.get_num_threads()} threads"
+    return f"CPU ({model}, {torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
 
 
 def git_commit() -> str:

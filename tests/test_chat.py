@@ -6,10 +6,13 @@ import sys
 
 import pytest
 import torch
+from PIL import Image, ImageColor
 from transformers import AutoTokenizer
 
 from dsa import chat, export_model, from_dense, generate
 from dsa.evaluation.predictions import changed
+from stages.files import write_rows
+from studies import chat_picture
 from tests.conftest import ROOT, small_model
 
 NEW = 8
@@ -157,3 +160,35 @@ def test_what_cannot_be_used_is_one_line(folder, tmp_path):
     with pytest.raises(SystemExit) as error:  # not one answer: a script should see that
         generate.main([str(folder), str(tmp_path / "bad.jsonl")])
     assert error.value.code == 1
+
+
+ASKS = """
+while True:
+    try:
+        line = input("\\n> ")
+    except EOFError:
+        break
+    print(f"DSA:\\n{line.upper()}\\n[{len(line)} tokens]")
+"""
+
+
+def test_a_picture_shows_what_is_typed_when_it_is_asked_for(tmp_path):
+    said = chat_picture.talk([sys.executable, "-c", ASKS], ["one", "two"])
+    assert said.split("\n") == ["> one", "DSA:", "ONE", "[3 tokens]", "", "> two", "DSA:", "TWO", "[3 tokens]"]
+    chat_picture.draw(said, tmp_path / "a/chat.png")
+    with Image.open(tmp_path / "a/chat.png") as picture:
+        assert picture.height == chat_picture.LEAD * 9 + 2 * chat_picture.MARGIN
+        colors = {color for _, color in picture.convert("RGB").getcolors(10**6)}
+    assert {ImageColor.getrgb(chat_picture.COLORS[key]) for key in ">D["} <= colors
+
+
+def test_the_picture_is_of_the_first_look_up_that_is_short_enough(tmp_path):
+    def row(kind, text):
+        turn = [f"{text}\n\nWhere is f?", "line 1"]
+        return {"instruction": "And g?", "output": "line 2", "history": [turn], "type_keyword": [kind]}
+
+    write_rows(tmp_path / "rows.gz", [row("code", "a"), row("lookup", "b" * 99), row("lookup", "c\n\nd")])
+    found = chat_picture.look_up(tmp_path / "rows.gz", 50)
+    assert found == ("c\n\nd", ["Where is f?", "And g?"], ["line 1", "line 2"])
+    with pytest.raises(SystemExit, match="no look-up row of at most 5 char"):
+        chat_picture.look_up(tmp_path / "rows.gz", 5)

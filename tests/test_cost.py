@@ -207,4 +207,4 @@ def test_a_padded_batch_is_decoded_alike_in_each_of_the_dense_ways():
     for way in batches.WAYS:
         torch.testing.assert_close(logits[way], logits["sdpa"])
     row = batches.measure(cost.SMALL, 3, 64, [16], 1)
-    assert set(row["ratio"]) == {"dsa_16"} and row["bound"]["dsa_16"] > 0
+    assert set(row["ratio"]) == {"dsa_16", "dsa_int8_16"} and row["bound"]["dsa_int8_16"] > row["bound"]["dsa_16"] > 0
