@@ -2,10 +2,12 @@
 
 import importlib
 import json
+import os
 
 import pytest
 from transformers import AutoTokenizer
 
+from dsa.config import FAMILIES
 from stages import params
 from tests.conftest import ROOT, copy_of_code, small_model
 from tests.test_families import OWN
@@ -53,8 +55,13 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
+FAMILIES_RUN = {"llama": ALL, "qwen3": SOME}
+if os.environ.get("DSA_EVERY_FAMILY"):  # python -m tests.families: half a minute each
+    FAMILIES_RUN = dict.fromkeys(FAMILIES, SOME) | FAMILIES_RUN
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type,stages", [("llama", ALL), ("qwen3", SOME)])
+@pytest.mark.parametrize("model_type,stages", FAMILIES_RUN.items())
 def test_the_pipeline_trains_and_evaluates_another_family(project, model_type, stages):
     base = project / "data/local/model"
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/base")
