@@ -69,6 +69,12 @@ class GrowingIndexedLayer(DynamicIndexedLayer):
         self.indexer_keys = self.buffers["indexer_keys"].append(self.indexer_keys, indexer_key_states)
         return self.indexer_keys
 
+    def offload(self) -> None:
+        """Keys and values go to the CPU, and their room on the device is free. Index keys stay: transformers offloads a
+        layer as soon as its keys are updated, and the indexer reads its own after that."""
+        DynamicLayer.offload(self)
+        self.buffers |= {"keys": Buffer(2), "values": Buffer(2)}
+
 
 def growing(cache: Cache) -> Cache:
     """The same cache, its layers on buffers, where it is transformers' dynamic one and still empty.

@@ -59,7 +59,8 @@ def page(found: dict) -> str:
             "Each cell is a test that was run on a small model of that family with random weights, float32, on a CPU: "
             "[tests/test_families.py](../tests/test_families.py), and for the last line "
             "[tests/test_family_pipeline.py](../tests/test_family_pipeline.py), the stages of the smoke profile from "
-            "data to evaluation, for Llama all of them with the report.",
+            "data to evaluation, for Llama all of them with the report. Cached decoding is of rows padded on the left, "
+            "greedy and by beams; that the two losses never meet is an audit of every parameter's gradients.",
             "\n".join("| " + " | ".join(line) + " |" for line in lines),
             "Refused in one line that says why:",
             "\n".join(f"- `{name}`: {said}" for name, said in found["refused"].items()),

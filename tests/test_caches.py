@@ -1,8 +1,11 @@
 """transformers' other caches and ways to decode: each gives what greedy decoding gives, or is refused in one line."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from transformers import GenerationConfig
+from transformers.cache_utils import DynamicLayer
 
 from dsa import from_dense
 from tests.conftest import small_model
@@ -29,6 +32,30 @@ def test_an_offloaded_cache_gives_the_same(model, ids, mask, cache):
     expected = model.generate(ids, attention_mask=mask, **GREEDY)
     got = model.generate(ids, attention_mask=mask, cache_implementation=cache, **GREEDY)
     assert torch.equal(got, expected)
+
+
+def test_an_offloaded_cache_keeps_nothing_of_keys_and_values_on_the_device(model, ids, mask, monkeypatch):
+    """The same without a GPU: streams that do nothing, and copies where tensors would move."""
+    away = []
+
+    class Stream(nullcontext):
+        def wait_stream(self, other):
+            pass
+
+    def moved(layer):
+        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+        away.append(layer)
+
+    expected = model.generate(ids, attention_mask=mask, **GREEDY)
+    monkeypatch.setattr(torch, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream())
+    monkeypatch.setattr(DynamicLayer, "offload", moved)
+    monkeypatch.setattr(DynamicLayer, "prefetch", lambda layer: layer.is_initialized and moved(layer))
+    got = model.generate(ids, attention_mask=mask, cache_implementation="offloaded", **GREEDY)
+    assert torch.equal(got, expected)
+    assert len(away) > 2 * GREEDY["max_new_tokens"]
+    for layer in away:
+        assert layer.buffers["keys"].storage is layer.buffers["values"].storage is None
 
 
 def test_a_prompt_that_is_read_in_chunks_gives_the_same(model, ids, mask):

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from dsa.config import FAMILIES
 from stages import lock, readme
 from stages.html import anchor
 from studies import failures_report
 from studies.sweep_points import Point
 from studies.sweep_report import Sweep
+from tests import families
 from tests.conftest import ROOT
 
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"))}
@@ -150,3 +152,13 @@ def test_a_studys_page_says_whether_its_models_are_the_locks(tmp_path, monkeypat
     ):
         failures_report.write_report(found | {"run": found["run"] | {"models": models}}, tmp_path)
         assert said in (tmp_path / "failures.md").read_text(encoding="utf-8")
+
+
+def test_the_page_of_families_has_each_of_them_with_every_contract():
+    """After a change of either: python -m tests.families."""
+    found = json.loads((ROOT / "reports/families.json").read_text(encoding="utf-8"))
+    assert all(
+        sorted(found["outcomes"][name]) == sorted(FAMILIES) for name in (*families.contracts(), families.PIPELINE)
+    )
+    assert {outcome for of in found["outcomes"].values() for outcome in of.values()} == {"passed"}
+    assert (ROOT / "reports/families.md").read_text(encoding="utf-8") == families.page(found) + "\n"

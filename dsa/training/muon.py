@@ -6,7 +6,8 @@ import torch
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for the layers' matrices, AdamW at half its rate for embeddings and vectors.
 
-    With the same tokens it is well ahead of AdamW alone on a model of a few million parameters.
+    With the same tokens it is well ahead of AdamW alone on a model of a few million parameters. torch's Muon works in
+    bfloat16: a CPU without it spends more time in a step of the optimizer than in forward and backward.
     """
 
     def __init__(self, model: torch.nn.Module, learning_rate: float):
