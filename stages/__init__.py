@@ -3,6 +3,7 @@
 Before anything else is imported, for tqdm reads its defaults once: in a log file, progress is a line a minute.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -28,3 +29,21 @@ if not sys.stderr.isatty():
 # DVC and the launcher inherit from stages/unattended.py that they ignore it; a stage does not.
 if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+# What a machine that is too small says, each library in words of its own; torch has none for a disk.
+SMALL = [os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOMEM)]
+SMALL += ["PytorchStreamWriter", "inline_container.cc", "DefaultCPUAllocator"]
+
+
+def in_a_line(kind: type[BaseException], error: BaseException, traceback) -> None:
+    """In the place of Python's own: a disk or a memory that is too small is no fault of the code."""
+    text = str(error).strip()
+    if isinstance(error, MemoryError) or any(said in text for said in SMALL):
+        name = os.environ.get("DVC_STAGE", "this stage")
+        why = text.splitlines()[0] if text else "no memory left"
+        print(f"{name}: {kind.__name__}: {why}: run it again where there is room", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = in_a_line

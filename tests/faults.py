@@ -124,6 +124,12 @@ class Project:
 
     def start(self, *command: str, before: Callable | None = None, **environment: str) -> subprocess.Popen:
         self.log = (self.folder / "log").open("w+", encoding="utf-8", errors="replace")
+
+        def prepare() -> None:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+            if before:
+                before()
+
         return subprocess.Popen(
             ["dvc", *command],
             cwd=self.root,
@@ -131,7 +137,7 @@ class Project:
             stdout=self.log,
             stderr=self.log,
             start_new_session=True,
-            preexec_fn=before,
+            preexec_fn=prepare,
         )
 
     def end(self, process: subprocess.Popen) -> Ended:

@@ -131,3 +131,30 @@ def test_in_a_log_file_progress_is_lines_and_short_work_says_nothing():
     assert log() == b""
     lines = log(TQDM_MININTERVAL="0.1", TQDM_DELAY="0.1", DVC_STAGE="filter").decode().splitlines()
     assert len(lines) >= 2 and lines[0].startswith("filter rows ") and " of 20, " in lines[0]
+
+
+FULL = Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="no device that is always full")
+@pytest.mark.parametrize(
+    "code,line",
+    [
+        ("open('/dev/full', 'w').write('x' * 10**6)", "OSError: .*No space left on device"),
+        ("import torch; torch.save(torch.ones(10**6), '/dev/full')", "RuntimeError: .*"),
+        ("import torch; torch.empty(10**14)", "RuntimeError: .*"),
+        ("'x' * 10**15", "MemoryError: no memory left"),
+    ],
+)
+def test_a_machine_that_is_too_small_is_one_line(code, line):
+    environment = os.environ | {"DVC_STAGE": "dense"}
+    command = [sys.executable, "-c", f"import stages; {code}"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, encoding="utf-8")
+    said = [text for text in done.stderr.splitlines() if "Warning" not in text and not text.startswith(" ")]
+    assert done.returncode == 1 and len(said) == 1, done.stderr
+    assert re.fullmatch(f"dense: {line}: run it again where there is room", said[0])
+
+
+def test_a_fault_of_the_code_has_its_traceback():
+    done = subprocess.run([sys.executable, "-c", "import stages; 1 / 0"], cwd=ROOT, stderr=subprocess.PIPE)
+    assert done.returncode == 1 and b"Traceback" in done.stderr and b"ZeroDivisionError" in done.stderr
