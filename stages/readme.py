@@ -31,10 +31,17 @@ def read(path: str | Path) -> dict:
 
 
 def cost_tables(files: list[dict]) -> dict[str, dict[str, dict[int, dict]]]:
-    """{kind: {arm: {tokens: the ratio and the least that any process measured}}}; the first file to have one counts."""
+    """{kind: {arm: {tokens: the ratio and the least that any process measured}}}; the first file to have one counts.
+
+    A later file whose layer or model has another shape than the first one's has nothing to add to a row of it.
+    """
     found: dict = {}
+    shapes = files[0].get("shapes", {})
     for file in files:
         for kind, rows in file["tables"].items():
+            of = kind.split("_")[0]
+            if of in shapes and file["shapes"][of] != shapes[of]:
+                continue
             for row in rows:
                 for arm, ratio in row["ratio"].items():
                     least = row.get("ratio_range", {}).get(arm, [ratio])[0]

@@ -13,10 +13,15 @@ import subprocess
 from pathlib import Path
 
 from stages import params
+from stages.html import to_html
 
-PAGES = ["report.md", "report.html", "report.json", "summary.json", "compare.json", "preflight.md", "preflight.json"]
+PAGES = ["report.md", "report.json", "summary.json", "compare.json", "preflight.md", "preflight.json"]
 FOLDERS = ["figures", "data", "train", "dpo", "evaluate", "benchmark"]
-LINK = re.compile(r"""(\]\(|href=")(?!figures/|report\.|preflight\.|[a-z]+:|#)""")  # of a page, to what is not kept
+LINK = re.compile(r"\]\((?!figures/|report\.|preflight\.|[a-z]+:|#)")  # of a page, to what is not kept
+OF_THE_DEFAULT_RUN = {
+    "[where it loses]": "[where the default run loses]",
+    "(see/page.html) shows": "(see/page.html) shows, of the default run's model,",
+}
 
 
 def main(reports: Path = Path("reports")) -> None:
@@ -32,8 +37,12 @@ def main(reports: Path = Path("reports")) -> None:
     for name in FOLDERS:
         shutil.copytree(reports / name, to / name)
     shutil.copy("dvc.lock", to)
-    for page in (*to.glob("*.md"), *to.glob("*.html")):
-        page.write_text(LINK.sub(r"\1../", page.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in to.glob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        for said, here in OF_THE_DEFAULT_RUN.items():
+            text = text.replace(said, here)
+        page.write_text(LINK.sub("](../", text), encoding="utf-8")
+    (to / "report.html").write_text(to_html((to / "report.md").read_text(encoding="utf-8"), to), encoding="utf-8")
 
 
 if __name__ == "__main__":

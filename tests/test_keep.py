@@ -29,10 +29,11 @@ def test_pages_numbers_and_lock_are_kept_and_links_lead_where_they_led(run):
     keep.main()
     kept = run / "reports/smoke"
     assert (kept / "dvc.lock").read_bytes() == (run / "dvc.lock").read_bytes()
-    assert {path.name for path in kept.iterdir()} == {*keep.PAGES, *keep.FOLDERS, "dvc.lock"}
+    assert {path.name for path in kept.iterdir()} == {*keep.PAGES, "report.html", *keep.FOLDERS, "dvc.lock"}
     page = (kept / "report.md").read_text(encoding="utf-8")
     assert "](../../README.md)" in page and "](figures/payoff.png)" in page and "](report.json)" in page
-    assert "](../log.md)" in page
+    assert "](../log.md)" in page and "[where the default run loses](../failures.md)" in page
+    assert 'href="../log.md"' in (kept / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_committed_profiles_own_pages_are_where_they_are(run):

@@ -117,6 +117,10 @@ def test_dsa_is_faster_from_the_length_where_no_process_and_no_longer_row_says_o
     other = {"tables": {"prefill": [{"length": n, "ratio": {"a": 3.0}, "ratio_range": {"a": [1, 4]}} for n in (8, 9)]}}
     expected = {8: {"ratio": 2.0, "least": 2.0}, 9: {"ratio": 3.0, "least": 1}}
     assert readme.cost_tables([ours, other]) == {"prefill": {"a": expected}}
+    large, small = ({"tables": {"layer_train": [{"length": n, "ratio": {"a": n}}]}} for n in (1, 2))
+    shapes = [{"shapes": {"layer": size}} for size in ("large", "small")]
+    assert list(readme.cost_tables([large | shapes[0], small | shapes[1]])["layer_train"]["a"]) == [1]
+    assert list(readme.cost_tables([large | shapes[0], small | shapes[0]])["layer_train"]["a"]) == [1, 2]
 
 
 def test_means_of_the_sweep_are_those_of_its_page():
