@@ -63,7 +63,8 @@ def test_gather_equals_the_reference_in_outputs_and_gradients(shape, rows, monke
     assert error_ratio(got, expected) < 2e-6
     for mine, reference in zip(got_grads, expected_grads, strict=True):
         assert mine.isfinite().all()
-        assert error_ratio(mine, reference) < 2e-5
+        # of a single key softmax has no gradient, and what is left is rounding
+        assert error_ratio(mine, reference) < 2e-5 or (not reference.any() and mine.abs().max() < 1e-6)
     if shape[3] > 4:
         assert not got[:, :, 2].any() and not got_grads[0][:, :, 2].any()
 
