@@ -35,6 +35,12 @@ from dsa.selector import DeferredScores, control_scores, latest_keys, select_top
 Index = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # index queries, keys and weights
 
 
+def takes_groups(q: torch.Tensor) -> bool:
+    """Whether a fused kernel of SDPA takes queries of more heads than keys have. On a GPU none does in float32, and
+    what is left to it has all logits in memory: 56 GB for a row of 32K tokens and Qwen2.5-0.5B's heads."""
+    return not q.is_cuda or q.dtype != torch.float32 or torch.is_autocast_enabled("cuda")
+
+
 class AttentionObserver(Protocol):
     """Sees what a layer's attention worked with; passed to the model's forward as `observer`."""
 
@@ -112,7 +118,13 @@ class DSAAttention:
         if not sparse:
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
             dropout = self.attention_dropout if self.training else 0.0
-            out, weights = attend(self, q, k, v, visible.dense_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+            keys, values = k, v
+            plain = visible.dense_mask is None and self.config._attn_implementation == "sdpa"
+            if plain and T > 1 and not takes_groups(q):
+                keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+            out, weights = attend(
+                self, q, keys, values, visible.dense_mask, dropout=dropout, scaling=self.scaling, **kwargs
+            )
         if index is not None and self.config.index_per_kv_head:
             index, q, k, v, visible = split_kv_heads(index, q, k, v, visible)
         if sparse:
@@ -326,3 +338,11 @@ class Qwen2DSAModel(DSAModel, Qwen2Model):
 class Qwen2DSAForCausalLM(DSAForCausalLM, Qwen2ForCausalLM):
     config: Qwen2DSAConfig
     model_class = Qwen2DSAModel
+
+
+def freeze(model: DSAForCausalLM, *, backbone: bool, indexer: bool) -> None:
+    """Freeze (True) or train (False) the two halves of the model."""
+    for parameter in model.backbone_parameters():
+        parameter.requires_grad_(not backbone)
+    for parameter in model.indexer_parameters():
+        parameter.requires_grad_(not indexer)

@@ -36,10 +36,11 @@ SMALL += ["PytorchStreamWriter", "inline_container.cc", "DefaultCPUAllocator"]
 
 
 def in_a_line(kind: type[BaseException], error: BaseException, traceback) -> None:
-    """In the place of Python's own: a disk or a memory that is too small is no fault of the code."""
-    text = str(error).strip()
-    if isinstance(error, MemoryError) or any(said in text for said in SMALL):
-        name = os.environ.get("DVC_STAGE", "this stage")
+    """In the place of Python's own: Ctrl-C, and a disk or a memory that is too small, are no faults of the code."""
+    text, name = str(error).strip(), os.environ.get("DVC_STAGE", "this stage")
+    if kind is KeyboardInterrupt:
+        print(f"{name}: interrupted: run it again", file=sys.stderr)
+    elif isinstance(error, MemoryError) or any(said in text for said in SMALL):
         why = text.splitlines()[0] if text else "no memory left"
         print(f"{name}: {kind.__name__}: {why}: run it again where there is room", file=sys.stderr)
     else:

@@ -59,7 +59,7 @@ def forget_peak() -> None:
     """Let `peak_memory` count from here. The process's own needs Linux."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    if sys.platform == "linux":
+    elif sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)  # what was given back before is no memory of what comes
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 

@@ -19,6 +19,7 @@ from dsa import Qwen2DSAConfig, Qwen2DSAForCausalLM, from_dense, sparse_attentio
 from dsa.cache import growing
 from dsa.indexer import SCALE_BYTES, pack_int8
 from dsa.masks import Visibility
+from dsa.modeling import takes_groups
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLUSHED = 2**28  # bytes of caches that a processor's own memory does not hold
@@ -153,6 +154,8 @@ AttentionInterface.register("grouped_sdpa", grouped_sdpa)
 
 def causal_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """What transformers' `sdpa` calls for a whole causal row: q [1, Hq, L, D], k and v [1, Hkv, L, D]."""
+    if not takes_groups(q):
+        return repeated_sdpa(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 

@@ -104,6 +104,8 @@ def kernels_of(config: PreTrainedConfig, indexer: Indexer, dtype: torch.dtype) -
 
 def agreement(config: PreTrainedConfig, indexer: Indexer) -> Check:
     """Of the kernels with their references, in the types that the run has."""
+    if os.environ.get(kernels.VARIABLE) == "gather":
+        return Check("kernels", NOTE, f"PyTorch's own operations for all, as {kernels.VARIABLE} asks for: slower")
     obstacles = set()
     try:
         for dtype in [torch.bfloat16, torch.float32] if supports_bf16() else [torch.float32]:

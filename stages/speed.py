@@ -7,6 +7,7 @@ token costs there and nothing of its quality.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from dsa import DSAForCausalLM, load_model
 from dsa.data.rows import examples
 from dsa.evaluation.predictions import changed
 from dsa.machine import supports_bf16
+from dsa.training import tiles
 from stages import arms, cost, params
 from stages.common import forget_peak, measured, peak_memory
 from stages.files import read_rows, write_json
@@ -97,7 +99,9 @@ def training(model: DSAForCausalLM, ids: torch.Tensor, found: Settings, repeats:
         dsa = arm.startswith("dsa")
         forget_peak()
         with changed(model.config, **found[arm]), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            out = model(ids, labels=ids, use_cache=False, output_indexer_kl=dsa)
+            in_tiles = tiles.worth_it(model, ids.numel())
+            with tiles.tiled(model) if in_tiles else nullcontext():
+                out = model(ids, labels=ids, use_cache=False, output_indexer_kl=dsa)
         (out.loss + out.indexer_kl.sum() if dsa else out.loss).backward()
         model.zero_grad(set_to_none=True)
         if (peak := peak_memory()) is not None:

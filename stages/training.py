@@ -155,6 +155,8 @@ def whole(trainer: Trainer) -> DSAForCausalLM | None:
     if not trainer.is_world_process_zero():
         return None
     if state is None:
+        for name in ("forward", "_original_forward"):  # accelerate's own, under its autocast, would stay for good
+            vars(trainer.model).pop(name, None)
         return trainer.model
     model = AutoModelForCausalLM.from_config(trainer.model.config, dtype=torch.float32)
     model.load_state_dict(state)

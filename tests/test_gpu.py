@@ -10,7 +10,7 @@ import torch
 
 from tests.conftest import ROOT
 
-ABSENT = ("datasets", "dvc", "matplotlib", "pandas", "pyarrow", "pydantic", "ruamel", "trl", "ziglang")
+ABSENT = ("accelerate", "datasets", "dvc", "matplotlib", "pandas", "pyarrow", "pydantic", "ruamel", "trl", "ziglang")
 
 
 @pytest.mark.skipif(

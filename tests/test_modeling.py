@@ -1,8 +1,10 @@
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dsa import Qwen2DSAConfig, Qwen2DSAForCausalLM, from_dense, modeling
+from dsa.kernels import check
 from tests.conftest import error_ratio
 
 TINY = {"n_heads": 4, "head_dim": 8}
@@ -221,3 +223,39 @@ def test_full_size_geometry():
     )
     model = from_dense(Qwen2ForCausalLM(config), topk=2048, n_heads=4, head_dim=64)
     assert sum(p.numel() for p in model.indexer_parameters()) == 290_432
+
+
+def test_where_no_fused_kernel_takes_groups_dense_attention_computes_the_same(dense_model, ids, monkeypatch):
+    """As on a GPU in float32: keys and values are repeated for each query head, and the cache has them once."""
+    model = from_dense(dense_model, topk=4, n_heads=2, head_dim=8, attention_mode="dense")
+
+    def all_of_it():
+        out = model(ids, labels=ids, use_cache=True, output_indexer_kl=True)
+        out.loss.backward()
+        found = [out.logits, out.indexer_kl, *(p.grad.clone() for p in model.backbone_parameters())]
+        model.zero_grad()
+        return found, out.past_key_values.layers[0].keys.shape
+
+    expected, shape = all_of_it()
+    heads, attend = [], ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def seen(module, q, k, *args, **kwargs):
+        heads.append(k.shape[1])
+        return attend(module, q, k, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", seen)
+    monkeypatch.setattr("dsa.modeling.takes_groups", lambda q: False)
+    found, cached = all_of_it()
+    assert set(heads) == {dense_model.config.num_attention_heads} and cached == shape
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_kernel_may_be_compared_within_a_layer_that_is_recomputed(dense_model, ids):
+    """The first use of a kernel compares it, with gradients of its own, and that first use may be a checkpoint's."""
+    check.verify_cpu.cache_clear()
+    check.verify.cache_clear()
+    model = from_dense(dense_model, topk=6, n_heads=2, head_dim=8).train()
+    model.activation_checkpointing_enable()
+    out = model(ids, labels=ids, output_indexer_kl=True)
+    (out.loss + out.indexer_kl.sum()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())

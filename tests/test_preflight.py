@@ -94,6 +94,13 @@ def test_a_kernel_that_is_wrong_here_ends_the_run(root, monkeypatch, capsys):
     assert "DSA_BACKEND=gather" in ends(root, capsys)
 
 
+def test_without_kernels_there_is_nothing_to_compare(monkeypatch):
+    """What a kernel that is wrong says to do about it."""
+    monkeypatch.setenv("DSA_BACKEND", "gather")
+    monkeypatch.setattr(preflight, "kernels_of", lambda *args: pytest.fail("compared"))
+    assert preflight.agreement(None, None).state == preflight.NOTE
+
+
 def test_a_full_disk_ends_the_run(root, monkeypatch, capsys):
     usage = shutil.disk_usage(root)._replace(free=10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)

@@ -12,7 +12,8 @@ from transformers import TrainingArguments
 from dsa import from_dense
 from dsa.data.rows import IGNORE, Collator
 from dsa.machine import supports_bf16
-from dsa.training.trainer import DSATrainer, freeze
+from dsa.modeling import freeze
+from dsa.training.trainer import DSATrainer
 from stages import training
 from stages.params import ParamsError, Training
 from stages.training import split_batch
@@ -28,8 +29,11 @@ def examples(count=8):
     return rows
 
 
-def trainer_for(model, tmp_path, micro=4, accumulate=1, steps=2, rows=8, callbacks=(), save_steps=None, **kwargs):
+def trainer_for(
+    model, tmp_path, micro=4, accumulate=1, steps=2, rows=8, callbacks=(), save_steps=None, bf16=False, **kwargs
+):
     arguments = TrainingArguments(
+        bf16=bf16,
         output_dir=str(tmp_path),
         max_steps=steps,
         per_device_train_batch_size=micro,
@@ -205,3 +209,16 @@ def test_fsdp_of_another_kind_than_was_tried_is_named(tmp_path, monkeypatch, nam
     monkeypatch.setenv(name, value)
     with pytest.raises(ParamsError, match=f"accelerate's config: {name.lower()}: {value} is not"):
         training.trainer_options(section, tmp_path, seed=0)
+
+
+@pytest.mark.parametrize("stage", ["dense", "sparse"])
+def test_a_trained_model_has_nothing_left_of_the_trainings_autocast(dense_model, tmp_path, fresh_accelerate, stage):
+    """accelerate wraps `forward` for good: DPO would score the policy in bfloat16 and its reference in float32."""
+    trainer = trainer_for(model_for(dense_model, stage), tmp_path, bf16=True)
+    trainer.train()
+    ids = torch.arange(3, 15)[None]
+    trained = training.whole(trainer).eval()
+    again = type(trained)(trained.config).eval()
+    again.load_state_dict(trained.state_dict())
+    with torch.no_grad():
+        assert torch.equal(trained(ids).logits, again(ids).logits)

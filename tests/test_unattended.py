@@ -155,6 +155,13 @@ def test_a_machine_that_is_too_small_is_one_line(code, line):
     assert re.fullmatch(f"dense: {line}: run it again where there is room", said[0])
 
 
+def test_an_interruption_is_one_line():
+    command = [sys.executable, "-c", "import stages; raise KeyboardInterrupt"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"DVC_STAGE": "dense"}, stderr=subprocess.PIPE)
+    assert done.returncode and done.stderr.decode().splitlines()[-1:] == ["dense: interrupted: run it again"]
+    assert b"Traceback" not in done.stderr
+
+
 def test_a_fault_of_the_code_has_its_traceback():
     done = subprocess.run([sys.executable, "-c", "import stages; 1 / 0"], cwd=ROOT, stderr=subprocess.PIPE)
     assert done.returncode == 1 and b"Traceback" in done.stderr and b"ZeroDivisionError" in done.stderr

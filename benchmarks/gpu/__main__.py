@@ -66,7 +66,8 @@ def main() -> None:
     if report.path:
         write_page(args.out)
     else:
-        sys.exit("no result: without a CUDA device only --rehearse runs")
+        failed = {part: cases for part, cases in report.content["parts"].items() if cases}
+        sys.exit(f"no result: {failed or 'without a CUDA device only --rehearse runs'}")
 
 
 class Report:

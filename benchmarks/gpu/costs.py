@@ -6,6 +6,7 @@ Dense attention is FlashAttention, through PyTorch's SDPA.
 import gc
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dsa import Qwen2DSAConfig, Qwen2DSAForCausalLM, indexer_kl, select_topk, sparse_attention
 from dsa.indexer import IndexScores
 from dsa.masks import Visibility
-from dsa.training.trainer import freeze
+from dsa.modeling import freeze
+from dsa.training import tiles
 from stages import cost
 from stages.cost import DEVICE, QWEN, Shape
 
@@ -49,6 +51,7 @@ FULL = Scale(
     torch.bfloat16,
     "inductor",
 )
+TILES = hasattr(F, "linear_cross_entropy")  # from torch 2.13 on
 REHEARSAL = Scale(Shape(32, 32, 1, 4, 2, 16, 64, 2, 16), [4], (10,), (10,), (10,), torch.float32, "aot_eager")
 
 
@@ -159,7 +162,9 @@ def step(s: Scale, stage: str, length: int, checkpointing: bool, compiled: bool)
 
     def call() -> None:
         with torch.autocast(DEVICE, torch.bfloat16, enabled=s.dtype == torch.bfloat16):
-            out = model(ids, use_cache=False, output_indexer_kl=stage != "dense", **inputs)
+            in_tiles = "labels" in inputs and TILES and tiles.worth_it(model, length)
+            with tiles.tiled(model) if in_tiles else nullcontext():
+                out = model(ids, use_cache=False, output_indexer_kl=stage != "dense", **inputs)
         sum(x.sum() for x in (out.loss, out.indexer_kl) if x is not None).backward()
         optimizer.step()
         optimizer.zero_grad()

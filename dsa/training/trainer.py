@@ -21,14 +21,6 @@ from dsa.modeling import DSAForCausalLM
 from dsa.training import tiles
 
 
-def freeze(model: DSAForCausalLM, *, backbone: bool, indexer: bool) -> None:
-    """Freeze (True) or train (False) the two halves of the model."""
-    for parameter in model.backbone_parameters():
-        parameter.requires_grad_(not backbone)
-    for parameter in model.indexer_parameters():
-        parameter.requires_grad_(not indexer)
-
-
 class WholeBatches:
     """A Trainer's sampler for which every step has its whole batch, also where an epoch ends within it.
 

@@ -60,7 +60,8 @@ class _SparseAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, indices, scaling):
-        out, lse = attend(q, k, v, indices, scaling)
+        with torch.cuda.device_of(q):  # Triton launches on the current device
+            out, lse = attend(q, k, v, indices, scaling)
         ctx.save_for_backward(q, k, v, indices, out, lse)
         ctx.scaling = scaling
         lse = lse.transpose(1, 2)

@@ -54,15 +54,16 @@ def index_scores_triton(
     q, k = same_dtype(q, k)
     require(q, index_block(D))
     scores = torch.empty(B, T, S, dtype=torch.float32, device=q.device)
-    _index_scores[triton.cdiv(S, BLOCK_S), triton.cdiv(T, BLOCK_T), B](
-        *(index_views(q, k, weights), scores, T, S, H, 0 if offset is None else offset),
-        CAUSAL=offset is not None,
-        D=D,
-        BLOCK_D=index_block(D),
-        BLOCK_T=BLOCK_T,
-        BLOCK_S=BLOCK_S,
-        num_warps=NUM_WARPS,
-    )
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        _index_scores[triton.cdiv(S, BLOCK_S), triton.cdiv(T, BLOCK_T), B](
+            *(index_views(q, k, weights), scores, T, S, H, 0 if offset is None else offset),
+            CAUSAL=offset is not None,
+            D=D,
+            BLOCK_D=index_block(D),
+            BLOCK_T=BLOCK_T,
+            BLOCK_S=BLOCK_S,
+            num_warps=NUM_WARPS,
+        )
     return scores
 
 

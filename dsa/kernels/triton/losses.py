@@ -39,14 +39,15 @@ def kl_in_tiles(
     require(q, q.shape[3])
     index = *same_dtype(*index[:2]), index[2]
     require(index[0], q.shape[3])
-    if indices is None:
-        spans = query_spans(visible, valid)
-        rows, lses = dense_rows(index, q, k, scaling, spans)
-        grads = dense_gradients(index, q, k, scaling, spans, *lses) if wanted else ()
-    else:
-        indices = indices.masked_fill(~valid[..., None], -1)
-        rows, d_scores = sparse_rows(index, q, k, scaling, indices)
-        grads = sparse_gradients(index, indices, d_scores) if wanted else ()
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        if indices is None:
+            spans = query_spans(visible, valid)
+            rows, lses = dense_rows(index, q, k, scaling, spans)
+            grads = dense_gradients(index, q, k, scaling, spans, *lses) if wanted else ()
+        else:
+            indices = indices.masked_fill(~valid[..., None], -1)
+            rows, d_scores = sparse_rows(index, q, k, scaling, indices)
+            grads = sparse_gradients(index, indices, d_scores) if wanted else ()
     return rows.sum(), grads
 
 
