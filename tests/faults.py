@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -321,7 +322,8 @@ def trial(project: Project, fault: str, stage: str) -> dict:
     result = "same" if not again.code and project.outputs(stage) == project.files[stage] else "another result"
     found = {"stage": stage, "first": first.manner, "then": result if not again.code else again.manner}
     if found["then"] != "same" or found["first"] == "traceback":
-        lines = [line for line in (again if again.code else first).said.splitlines() if line.strip()]
+        said = re.sub(r"/\S*/site-packages/", "", (again if again.code else first).said)
+        lines = [line for line in said.splitlines() if line.strip()]
         found["said"] = [line[:300] for line in lines if "rror" in line][-3:] or lines[-3:]
     if found["then"] != "same":  # and go on from what is right
         project.forget(stage)
