@@ -158,7 +158,7 @@ class Project:
 
     @property
     def checkpoints(self) -> list[Path]:
-        return sorted(self.folder.glob("home/scratch/*/checkpoint-*/trainer_state.json"))
+        return sorted(self.folder.glob("home/scratch/*/checkpoint-*/sha256.json"))
 
 
 def repro(stage: str) -> list[str]:

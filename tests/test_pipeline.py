@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from stages import params
+from stages.checkpoints import intact
 from tests.conftest import ROOT
 
 BIN = Path(sys.executable).parent
@@ -187,7 +188,7 @@ def smoke(clone, no_identity):
     )
     scratch = Path(no_identity["DSA_SCRATCH"])
     deadline = time.monotonic() + 240
-    while not list(scratch.glob("sparse-*/checkpoint-1/trainer_state.json")):
+    while not any(intact(path) for path in scratch.glob("sparse-*/checkpoint-1")):
         assert time.monotonic() < deadline and first.poll() is None, "no checkpoint appeared"
         time.sleep(0.05)
     os.killpg(first.pid, signal.SIGKILL)
