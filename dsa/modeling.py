@@ -338,11 +338,3 @@ class Qwen2DSAModel(DSAModel, Qwen2Model):
 class Qwen2DSAForCausalLM(DSAForCausalLM, Qwen2ForCausalLM):
     config: Qwen2DSAConfig
     model_class = Qwen2DSAModel
-
-
-def freeze(model: DSAForCausalLM, *, backbone: bool, indexer: bool) -> None:
-    """Freeze (True) or train (False) the two halves of the model."""
-    for parameter in model.backbone_parameters():
-        parameter.requires_grad_(not backbone)
-    for parameter in model.indexer_parameters():
-        parameter.requires_grad_(not indexer)

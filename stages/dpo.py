@@ -19,8 +19,8 @@ from trl import DPOConfig
 from dsa import DSAForCausalLM, load_model
 from dsa.data.rows import prompt_key, tokenize_pair
 from dsa.evaluation.predictions import greedy
-from dsa.modeling import freeze
 from dsa.training.dpo import DSADPOTrainer, PairScores, as_dataset, score_pair
+from dsa.training.trainer import freeze
 from stages import params
 from stages.common import measured, owned
 from stages.files import read_rows, write_json

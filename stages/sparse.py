@@ -4,7 +4,7 @@ loss, the indexer by its KL over the selected keys, from detached inputs."""
 from pathlib import Path
 
 from dsa import load_model
-from dsa.modeling import freeze
+from dsa.training.trainer import freeze
 from stages import check, params
 from stages.training import train
 

@@ -7,7 +7,6 @@ token costs there and nothing of its quality.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -98,10 +97,9 @@ def training(model: DSAForCausalLM, ids: torch.Tensor, found: Settings, repeats:
     def call(arm: str) -> None:
         dsa = arm.startswith("dsa")
         forget_peak()
-        with changed(model.config, **found[arm]), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            in_tiles = tiles.worth_it(model, ids.numel())
-            with tiles.tiled(model) if in_tiles else nullcontext():
-                out = model(ids, labels=ids, use_cache=False, output_indexer_kl=dsa)
+        autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)
+        with changed(model.config, **found[arm]), autocast, tiles.tiled_if_large(model, ids.numel()):
+            out = model(ids, labels=ids, use_cache=False, output_indexer_kl=dsa)
         (out.loss + out.indexer_kl.sum() if dsa else out.loss).backward()
         model.zero_grad(set_to_none=True)
         if (peak := peak_memory()) is not None:

@@ -22,9 +22,8 @@ from dsa.convert import config_of
 from dsa.data.rows import Collator
 from dsa.evaluation.predictions import changed, greedy, predict
 from dsa.families import family
-from dsa.modeling import freeze
 from dsa.training.dpo import DSADPOTrainer, score_pair
-from dsa.training.trainer import DSATrainer
+from dsa.training.trainer import DSATrainer, freeze
 from stages import arms
 from stages.common import forget_peak, peak_memory
 from stages.cost import DEVICE

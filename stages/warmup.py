@@ -6,7 +6,7 @@ It does not depend on top-k: a sweep over k reuses it.
 from pathlib import Path
 
 from dsa import ablations, from_dense
-from dsa.modeling import freeze
+from dsa.training.trainer import freeze
 from stages import check, params
 from stages.training import train
 

@@ -24,8 +24,7 @@ from transformers import AutoTokenizer, TrainingArguments
 from dsa import DSAForCausalLM, load_model
 from dsa.data.rows import IGNORE, Collator, examples
 from dsa.evaluation.predictions import changed
-from dsa.modeling import freeze
-from dsa.training.trainer import DSATrainer
+from dsa.training.trainer import DSATrainer, freeze
 from stages import params
 from stages.arms import model_of, sparse
 from stages.common import device_name, git_commit

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from dsa import adapter, from_dense, load_indexer, save_indexer
-from dsa.modeling import freeze
+from dsa.training.trainer import freeze
 from tests.conftest import small_model
 
 TINY = {"n_heads": 4, "head_dim": 8}

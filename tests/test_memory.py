@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dsa import Qwen2DSAConfig, Qwen2DSAForCausalLM
-from dsa.modeling import freeze
+from dsa.training.trainer import freeze
 from stages.common import peak_of_process
 
 LENGTHS = (512, 3072, 6144)  # the first one warms up

@@ -12,8 +12,9 @@ from trl import DPOConfig
 
 from dsa import from_dense
 from dsa.data.rows import pair_of, tokenize_pair
-from dsa.modeling import Qwen2DSAAttention, freeze
+from dsa.modeling import Qwen2DSAAttention
 from dsa.training.dpo import DSADPOTrainer, answer_log_probs, as_dataset, score_pair
+from dsa.training.trainer import freeze
 from stages import training
 from stages.dpo import on_disk
 from stages.params import ParamsError

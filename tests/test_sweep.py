@@ -14,8 +14,7 @@ from transformers import TrainingArguments
 
 from dsa import ablations, from_dense
 from dsa.data.rows import Collator
-from dsa.modeling import freeze
-from dsa.training.trainer import DSATrainer
+from dsa.training.trainer import DSATrainer, freeze
 from stages import compare, params, training
 from stages.files import write_rows
 from stages.statistics import ratio_interval

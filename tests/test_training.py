@@ -12,8 +12,7 @@ from transformers import TrainingArguments
 from dsa import from_dense
 from dsa.data.rows import IGNORE, Collator
 from dsa.machine import supports_bf16
-from dsa.modeling import freeze
-from dsa.training.trainer import DSATrainer
+from dsa.training.trainer import DSATrainer, freeze
 from stages import training
 from stages.params import ParamsError, Training
 from stages.training import split_batch

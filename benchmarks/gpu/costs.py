@@ -6,7 +6,6 @@ Dense attention is FlashAttention, through PyTorch's SDPA.
 import gc
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,8 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dsa import Qwen2DSAConfig, Qwen2DSAForCausalLM, indexer_kl, select_topk, sparse_attention
 from dsa.indexer import IndexScores
 from dsa.masks import Visibility
-from dsa.modeling import freeze
 from dsa.training import tiles
+from dsa.training.trainer import freeze
 from stages import cost
 from stages.cost import DEVICE, QWEN, Shape
 
@@ -161,10 +160,9 @@ def step(s: Scale, stage: str, length: int, checkpointing: bool, compiled: bool)
         torch.cuda.reset_peak_memory_stats()
 
     def call() -> None:
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=s.dtype == torch.bfloat16):
-            in_tiles = "labels" in inputs and TILES and tiles.worth_it(model, length)
-            with tiles.tiled(model) if in_tiles else nullcontext():
-                out = model(ids, use_cache=False, output_indexer_kl=stage != "dense", **inputs)
+        large = tiles.tiled_if_large(model, length if TILES and "labels" in inputs else 0)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=s.dtype == torch.bfloat16), large:
+            out = model(ids, use_cache=False, output_indexer_kl=stage != "dense", **inputs)
         sum(x.sum() for x in (out.loss, out.indexer_kl) if x is not None).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -12,7 +12,7 @@ from dsa.kernels.triton.attention import sparse_attention_triton
 from dsa.kernels.triton.indexer import index_scores_triton
 from dsa.losses import indexer_kl
 from dsa.masks import Slab, Visibility
-from dsa.modeling import freeze
+from dsa.training.trainer import freeze
 from stages.cost import DEVICE
 
 ATTENTION = [  # B, Hq, Hkv, T, S, D, K; queries are the last T of S positions

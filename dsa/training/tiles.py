@@ -6,7 +6,7 @@ again in backward. On a CPU that takes three times as long (reports/log.md), and
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -52,3 +52,8 @@ def tiled(model: PreTrainedModel) -> Iterator[None]:
     finally:
         del head.forward
         model.loss_function = loss_function
+
+
+def tiled_if_large(model: PreTrainedModel, tokens: int) -> AbstractContextManager:
+    """`tiled` where the logits of so many tokens make it worth it, else nothing."""
+    return tiled(model) if worth_it(model, tokens) else nullcontext()

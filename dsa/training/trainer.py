@@ -9,16 +9,26 @@ Both losses are means over the global batch: they do not change with micro-batch
 
 import signal
 import time
-from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 from torch.utils.data import RandomSampler
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from dsa.evaluation.predictions import attention_mass
 from dsa.modeling import DSAForCausalLM
 from dsa.training import tiles
+
+if TYPE_CHECKING:  # benchmarks/gpu does without
+    from accelerate import Accelerator
+
+
+def freeze(model: DSAForCausalLM, *, backbone: bool, indexer: bool) -> None:
+    """Freeze (True) or train (False) the two halves of the model."""
+    for parameter in model.backbone_parameters():
+        parameter.requires_grad_(not backbone)
+    for parameter in model.indexer_parameters():
+        parameter.requires_grad_(not indexer)
 
 
 class WholeBatches:
@@ -106,8 +116,7 @@ class DSATrainer(WholeBatches, SplitOptimizer, Trainer):
         else:
             inputs |= {"labels": None, "logits_to_keep": 1}
         own = self.accelerator.unwrap_model(model)
-        in_tiles = self.trains_backbone and tiles.worth_it(own, inputs["input_ids"].numel())
-        with tiles.tiled(own) if in_tiles else nullcontext():
+        with tiles.tiled_if_large(own, inputs["input_ids"].numel() if self.trains_backbone else 0):
             outputs = model(**inputs, output_indexer_kl=self.trains_indexer, use_cache=False)
         loss = outputs.logits.new_zeros(())
         self._note("rows", loss.new_tensor(len(inputs["input_ids"])))
@@ -154,7 +163,7 @@ class MassProbe(TrainerCallback):
 class StopOnSignal(TrainerCallback):
     """On SIGTERM the step at hand is the last one: a checkpoint, and the end of the training, in all processes."""
 
-    def __init__(self, accelerator: Accelerator):
+    def __init__(self, accelerator: "Accelerator"):
         self.accelerator, self.asked = accelerator, False
 
     def ask(self, *_) -> None:
